@@ -1,0 +1,165 @@
+"""The contract between a method and a training loop."""
+
+from __future__ import annotations
+
+import enum
+from argparse import Namespace, _ArgumentGroup
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class TemperatureLearning(enum.Enum):
+    """Who changes the temperature during training."""
+
+    OUTER = "a parameter of the outer optimizer, with its own learning rate and schedule"
+    CONSTANT = "nobody"
+    OBJECTIVE = "the objective itself"
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """The sizes of a run that an objective may need.
+
+    Attributes:
+        embed_dim: d, width of the features.
+        batch_size: B, samples per rank and step.
+        world_size: K, number of ranks.
+        steps_per_epoch, epochs: length of the whole run (not of the part until --stop_epochs).
+    """
+
+    embed_dim: int
+    batch_size: int
+    world_size: int
+    steps_per_epoch: int
+    epochs: int
+
+    @property
+    def global_batch_size(self) -> int:
+        """N = K·B."""
+        return self.batch_size * self.world_size
+
+
+@dataclass
+class Output:
+    """What an objective returns for one batch.
+
+    Attributes:
+        loss: 0-dim; its gradient, averaged over the ranks, is the gradient of the objective on the global batch.
+        metrics: 0-dim tensors without gradient, on the features' device. To be averaged over the ranks, except names that
+            end in `_max`, of which the maximum counts. Empty while `Objective.report` is False.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+ArgumentAdder = Callable[[_ArgumentGroup], None]
+
+
+class Objective(nn.Module):
+    """A contrastive objective: features in, loss out; owns its state, its flags and its schedules.
+
+    Subclasses fill in the class attributes, `compute`, `from_args`, and where needed `add_arguments`, `resolve_args`.
+
+    Class attributes:
+        name: the value of --objective.
+        summary: one line for --help.
+        synonyms: sets of published boolean flags, each of which selects this objective.
+        shared_arguments: (title, function) pairs that add flags which several objectives share.
+        needs_keys: whether `compute` needs the samples' integer keys.
+        initial_temperature, initial_logit_bias: starting point; a bias of None means that the model has none.
+
+    Instance attributes:
+        temperature_learning: who changes the temperature.
+        report: whether `forward` fills in `Output.metrics`; a loop sets it to False between its logging steps.
+        step, epoch: optimizer steps taken so far; current epoch, from 0. Part of the state dict.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    synonyms: ClassVar[tuple[frozenset[str], ...]] = ()
+    shared_arguments: ClassVar[tuple[tuple[str, ArgumentAdder], ...]] = ()
+    needs_keys: ClassVar[bool] = False
+    initial_temperature: ClassVar[float] = 0.07
+    initial_logit_bias: ClassVar[float | None] = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature_learning = TemperatureLearning.OUTER
+        self.report = True
+        self.step = 0
+        self.epoch = 0
+
+    @classmethod
+    def add_arguments(cls, group: _ArgumentGroup) -> None:
+        """Add this method's own flags to its group of the command line."""
+
+    @classmethod
+    def resolve_args(cls, args: Namespace) -> None:
+        """Fill in this method's defaults in `args` and check what the user asked for, before any GPU is touched.
+
+        Raises:
+            ValueError: a value or a combination is wrong; the message names the flag, the value and the remedy.
+        """
+
+    @classmethod
+    def from_args(cls, args: Namespace, shape: RunShape) -> Objective:
+        """Build the objective from resolved arguments."""
+        raise NotImplementedError
+
+    def start_epoch(self, epoch: int) -> None:
+        """To be called before the first step of each epoch, counted from 0."""
+        self.epoch = epoch
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        keys: Tensor | None = None,
+    ) -> Output:
+        """Loss and metrics of one batch; updates the objective's own state. Always in float32 or better.
+
+        Args:
+            image_features, text_features: [B, d], L2-normalised, row i of both is one sample; the same B on every rank.
+            logit_scale: 0-dim, 1/τ (not its logarithm).
+            logit_bias: 0-dim, for objectives that have one.
+            keys: [B] int64, the samples' integer keys in the data set, for objectives that need them.
+        """
+        with torch.autocast(image_features.device.type, enabled=False):
+            output = self.compute(
+                _at_least_float32(image_features),
+                _at_least_float32(text_features),
+                _at_least_float32(logit_scale.reshape(())),
+                None if logit_bias is None else _at_least_float32(logit_bias.reshape(())),
+                keys,
+            )
+        self.step += 1
+        return output
+
+    def compute(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None,
+        keys: Tensor | None,
+    ) -> Output:
+        """The method itself. Same arguments as `forward`, in float32 or float64, with autocast off."""
+        raise NotImplementedError
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"step": self.step, "epoch": self.epoch}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.epoch = state["epoch"]
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

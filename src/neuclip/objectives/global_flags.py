@@ -1,0 +1,70 @@
+"""Flags that every global contrastive objective shares, under their published names (FastCLIP, arXiv 2407.01445)."""
+
+from __future__ import annotations
+
+from argparse import Namespace, _ArgumentGroup
+
+from neuclip.normalizers.mixing import SCHEDULES, GammaSchedule
+from neuclip.objectives.base import RunShape
+
+TITLE = "global contrastive objectives"
+
+
+def add_global_arguments(group: _ArgumentGroup) -> None:
+    """Add the shared flags. A default of None is filled in by the chosen objective."""
+    group.add_argument(
+        "--rho", type=float, default=8.0, help="ρ of the robust global loss, eq. 1 of the FastCLIP paper"
+    )
+    group.add_argument(
+        "--fastclip_eps", type=float, default=None, help="ε added to the normalizers g (neuclip: 1e-8 unless given)"
+    )
+    group.add_argument(
+        "--temperature_scheme",
+        choices=("global_learnable", "global_constant", "individual_learnable"),
+        default="global_learnable",
+        help="one learnable temperature, one constant one, or one per sample and modality",
+    )
+    group.add_argument(
+        "--multiply_tau", action="store_true", help="multiply the loss by the temperature (neuclip always does)"
+    )
+    group.add_argument(
+        "--gamma",
+        type=float,
+        default=None,
+        help="final weight γ of the batch's own estimate in the normalizer, in [0, 1]; neuclip: 0.42 unless given, "
+        "and 0 switches the mixing off altogether (Algorithm 1 of the paper as printed)",
+    )
+    group.add_argument(
+        "--gamma_schedule",
+        choices=SCHEDULES,
+        default=None,
+        help="γ constant, or falling from 1 along a half cosine per epoch (cosine) or per step (cosine_step)",
+    )
+    group.add_argument("--gamma_decay_epochs", type=float, default=None, help="length of γ's decay in epochs")
+    group.add_argument(
+        "--data_size",
+        type=int,
+        default=None,
+        help="number of integer keys of the data set, gaps included (≥ its samples)",
+    )
+
+
+def check_global_args(args: Namespace) -> None:
+    """Check the shared flags after an objective has filled in its defaults.
+
+    Raises:
+        ValueError: a value is out of range; the message names the flag, the value and the remedy.
+    """
+    if not 0.0 <= args.gamma <= 1.0:
+        raise ValueError(f"--gamma {args.gamma} is outside [0, 1]: it is a weight, 1 = the batch's own estimate only")
+    if args.gamma_decay_epochs <= 0:
+        raise ValueError(f"--gamma_decay_epochs {args.gamma_decay_epochs} must be positive: give a number of epochs")
+    if args.fastclip_eps < 0:
+        raise ValueError(f"--fastclip_eps {args.fastclip_eps} is negative: give 0 or a small number such as 1e-8")
+    if args.rho < 0:
+        raise ValueError(f"--rho {args.rho} is negative: give 0 or a positive number such as 8")
+
+
+def gamma_schedule(args: Namespace, shape: RunShape) -> GammaSchedule:
+    """γ's schedule from checked arguments."""
+    return GammaSchedule(args.gamma_schedule, args.gamma, args.gamma_decay_epochs, shape.steps_per_epoch)

@@ -1,0 +1,170 @@
+"""NeuCLIP (arXiv 2511.08417): the robust global contrastive loss with normalizers predicted by a small network.
+
+Objective of encoders, temperature and NPN together (eq. 12, with the ½ that makes it comparable to the mean of the two
+cross-entropies), α1 and α2 being the predicted logarithms of ε + g1 and ε + g2:
+
+    ½·mean_i τ·[ exp(−α1_i)·(ε + g1_i) + α1_i − 1  +  exp(−α2_i)·(ε + g2_i) + α2_i − 1 ] + τ·ρ
+
+One step (Algorithm 1): restart the NPN if it is due; T_u updates of the NPN on this batch; then the gradient in the features
+and in τ with α held constant.
+"""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace, _ArgumentGroup
+
+import torch
+from torch import Tensor
+
+from neuclip import distributed
+from neuclip.normalizers import PROTOTYPE_OPTIMIZERS, GammaSchedule, PrototypeNormalizer, log_mix
+from neuclip.objectives.base import Objective, Output, RunShape, TemperatureLearning
+from neuclip.objectives.global_flags import TITLE, add_global_arguments, check_global_args, gamma_schedule
+from neuclip.objectives.reporting import add_log_eps, common_metrics
+from neuclip.pairwise import PairwiseGradient, batch_log_means, gather_batch, pairwise_gradient, with_gradients
+
+
+class NeuCLIP(Objective):
+    """The robust global contrastive loss with a prototype NPN.
+
+    Args:
+        normalizer: the NPN.
+        gamma: weight of the batch's own estimate in the normalizer handed to the encoders; None for Algorithm 1 as printed.
+        repetitions: T_u, NPN updates per batch.
+        restart_every: T_r, steps between restarts; 0 restarts only at the beginning.
+        eps, rho: ε and ρ above.
+        learn_temperature: whether τ is learnt.
+    """
+
+    name = "neuclip"
+    summary = "robust global contrastive loss, normalizers predicted by a network of prototypes"
+    synonyms = (frozenset({"fastclip", "npn"}), frozenset({"npn"}))
+    shared_arguments = ((TITLE, add_global_arguments),)
+
+    def __init__(
+        self,
+        normalizer: PrototypeNormalizer,
+        gamma: GammaSchedule | None,
+        repetitions: int = 10,
+        restart_every: int = 500,
+        eps: float = 1e-8,
+        rho: float = 8.0,
+        learn_temperature: bool = True,
+    ) -> None:
+        super().__init__()
+        self.normalizer = normalizer
+        self.gamma = gamma
+        self.repetitions = repetitions
+        self.restart_every = restart_every
+        self.log_eps = math.log(eps) if eps > 0 else -math.inf
+        self.rho = rho
+        self.temperature_learning = TemperatureLearning.OUTER if learn_temperature else TemperatureLearning.CONSTANT
+
+    @classmethod
+    def add_arguments(cls, group: _ArgumentGroup) -> None:
+        group.add_argument("--npn_num_protos", type=int, default=4096, help="m, prototypes per modality")
+        group.add_argument("--npn_repetition", type=int, default=10, help="T_u, NPN updates per batch")
+        group.add_argument(
+            "--npn_restart_iter",
+            type=int,
+            default=500,
+            help="T_r, steps between restarts from fresh features; 0: never",
+        )
+        group.add_argument("--npn_lr", type=float, default=1.0, help="learning rate of the prototypes")
+        group.add_argument("--npn_wd", type=float, default=0.0, help="weight decay of the prototypes (adagrad only)")
+        group.add_argument(
+            "--npn_optimizer",
+            choices=sorted(PROTOTYPE_OPTIMIZERS, reverse=True),
+            default="adagrad_norm",
+            help="adagrad_norm: one step size per matrix, rows of unit length; adagrad: one per coordinate",
+        )
+
+    @classmethod
+    def resolve_args(cls, args: Namespace) -> None:
+        args.multiply_tau = True
+        args.fastclip_eps = 1e-8 if args.fastclip_eps is None else args.fastclip_eps
+        args.gamma = 0.42 if args.gamma is None else args.gamma
+        args.gamma_schedule = args.gamma_schedule or "cosine_step"
+        args.gamma_decay_epochs = float(args.epochs) if args.gamma_decay_epochs is None else args.gamma_decay_epochs
+        check_global_args(args)
+        if args.temperature_scheme == "individual_learnable":
+            raise ValueError(
+                "--temperature_scheme individual_learnable is not defined for objective neuclip: "
+                "use global_learnable or global_constant"
+            )
+        for flag, least in (("npn_num_protos", 1), ("npn_repetition", 0), ("npn_restart_iter", 0)):
+            if getattr(args, flag) < least:
+                raise ValueError(f"--{flag} {getattr(args, flag)} is too small: give {least} or more")
+        if args.npn_lr <= 0:
+            raise ValueError(f"--npn_lr {args.npn_lr} must be positive: the paper uses 1.0")
+        PROTOTYPE_OPTIMIZERS[args.npn_optimizer](1, 1, args.npn_lr, args.npn_wd)  # checks --npn_wd
+
+    @classmethod
+    def from_args(cls, args: Namespace, shape: RunShape) -> NeuCLIP:
+        optimizer = PROTOTYPE_OPTIMIZERS[args.npn_optimizer](
+            args.npn_num_protos, shape.embed_dim, args.npn_lr, args.npn_wd
+        )
+        return cls(
+            PrototypeNormalizer(
+                args.npn_num_protos, shape.embed_dim, args.fastclip_eps, optimizer, shape.global_batch_size
+            ),
+            gamma=gamma_schedule(args, shape) if args.gamma > 0 else None,
+            repetitions=args.npn_repetition,
+            restart_every=args.npn_restart_iter,
+            eps=args.fastclip_eps,
+            rho=args.rho,
+            learn_temperature=args.temperature_scheme == "global_learnable",
+        )
+
+    def compute(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None,
+        keys: Tensor | None,
+    ) -> Output:
+        with torch.no_grad():
+            batch = gather_batch(image_features, text_features)
+            log_means = batch_log_means(batch, logit_scale)
+            log_estimate = distributed.all_gather(add_log_eps(log_means, self.log_eps), dim=1)
+
+            self.normalizer.observe(batch)
+            if self._restart_is_due():
+                self.normalizer.restart(batch)
+            self.normalizer.fit(batch, log_estimate, logit_scale, self.repetitions)
+            predicted = self.normalizer.predict(batch, logit_scale)
+            gamma = 0.0 if self.gamma is None else self.gamma.at(self.epoch, self.step)
+            log_normalizers = log_mix(predicted, log_estimate, gamma)
+
+            pairwise = pairwise_gradient(batch, log_normalizers, logit_scale)
+            own = log_normalizers[:, batch.local]
+            value, scale_gradient = self._value_and_scale_gradient(pairwise, own, logit_scale)
+        inputs = (image_features, text_features, logit_scale)
+        loss = with_gradients(value, inputs, (pairwise.features[0], pairwise.features[1], scale_gradient))
+        if not self.report:
+            return Output(loss)
+        with torch.no_grad():
+            estimate, alpha = log_estimate[:, batch.local], predicted[:, batch.local]
+            metrics = common_metrics(batch, log_means, estimate, alpha, logit_scale, self.rho)
+            metrics["gamma"] = logit_scale.new_full((), gamma)
+            return Output(loss, metrics)
+
+    def _value_and_scale_gradient(
+        self, pairwise: PairwiseGradient, log_normalizers: Tensor, logit_scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """This rank's share of the objective and of its derivative by logit_scale, α held constant."""
+        temperature = 1.0 / logit_scale
+        # The sum over both modalities, halved, is the mean over the stack of the two.
+        eps_ratio = (self.log_eps - log_normalizers).exp()
+        bracket = (pairwise.ratio + eps_ratio + log_normalizers - 1.0).mean()
+        # d(τ·bracket)/dτ = bracket + τ·Σ w·dh/dτ, and dh/dτ = −h/τ.
+        by_temperature = bracket + self.rho - pairwise.weighted_logits.mean()
+        return temperature * (bracket + self.rho), -by_temperature * temperature.square()
+
+    def _restart_is_due(self) -> bool:
+        if self.restart_every and self.step % self.restart_every == 0:
+            return True
+        # At the beginning there are fewer samples than prototypes when m > N: take in each batch until there are enough.
+        return self.step == 0 or self.normalizer.filling

@@ -1,0 +1,50 @@
+"""Metrics that mean the same for every objective, so that their curves can be laid over each other."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from neuclip.pairwise import GlobalBatch
+
+
+def common_metrics(
+    batch: GlobalBatch,
+    log_means: Tensor,
+    log_estimate: Tensor,
+    log_normalizers: Tensor,
+    logit_scale: Tensor,
+    rho: float,
+) -> dict[str, Tensor]:
+    """Losses and normalizer statistics over this rank's anchors.
+
+    Args:
+        log_means: [2, B], log g over the batch.
+        log_estimate: [2, B], log(ε + g) over the batch.
+        log_normalizers: [2, B], the method's α.
+        logit_scale: 0-dim, 1/τ.
+        rho: ρ of the robust global loss.
+
+    Returns:
+        contrastive_loss: mean of the two mini-batch cross-entropies, log(1 + (N−1)·g) in terms of g.
+        global_loss: ½·mean τ·(α1 + α2) + τρ, the robust global loss (FastCLIP, eq. 1) at α.
+        temperature; log_normalizer (mean α); log_normalizer_gap, log_normalizer_gap_max: |α − batch estimate|.
+    """
+    temperature = 1.0 / logit_scale.detach()
+    gap = (log_normalizers - log_estimate).abs()
+    return {
+        "contrastive_loss": F.softplus(log_means + math.log(batch.size - 1)).mean(),
+        "global_loss": temperature * (log_normalizers.mean() + rho),
+        "temperature": temperature,
+        "log_normalizer": log_normalizers.mean(),
+        "log_normalizer_gap": gap.mean(),
+        "log_normalizer_gap_max": gap.max(),
+    }
+
+
+def add_log_eps(log_means: Tensor, log_eps: float) -> Tensor:
+    """log(ε + g) from log g, elementwise; log_eps may be −inf for ε = 0."""
+    return torch.logaddexp(log_means, log_means.new_full((), log_eps))

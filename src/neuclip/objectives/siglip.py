@@ -1,0 +1,67 @@
+"""The pairwise sigmoid loss (SigLIP, arXiv 2303.15343), by open_clip's own SigLipLoss."""
+
+from __future__ import annotations
+
+from argparse import Namespace, _ArgumentGroup
+
+import torch
+from open_clip.loss import SigLipLoss
+from torch import Tensor
+
+from neuclip import distributed
+from neuclip.objectives.base import Objective, Output, RunShape
+from neuclip.objectives.global_flags import TITLE, add_global_arguments
+from neuclip.objectives.reporting import common_metrics
+from neuclip.pairwise import batch_log_means, gather_batch
+
+VARIANTS = ("bidir", "shift", "reduce", "gather")
+
+
+class SigLIP(Objective):
+    """−1/N Σ_ij log sigmoid(±(logit_scale·s_ij + logit_bias)), + on matching pairs.
+
+    Args:
+        loss_dist_impl: how text features travel between ranks; all variants give the same loss and gradient.
+        rho: enters the reported global_loss only.
+    """
+
+    name = "siglip"
+    summary = "pairwise sigmoid loss"
+    synonyms = (frozenset({"siglip"}),)
+    shared_arguments = ((TITLE, add_global_arguments),)
+    initial_temperature = 0.1
+    initial_logit_bias = -10.0
+
+    def __init__(self, loss_dist_impl: str = "bidir", rho: float = 8.0) -> None:
+        super().__init__()
+        self.rho = rho
+        self.loss = SigLipLoss(rank=distributed.rank(), world_size=distributed.world_size(), dist_impl=loss_dist_impl)
+
+    @classmethod
+    def add_arguments(cls, group: _ArgumentGroup) -> None:
+        group.add_argument(
+            "--loss-dist-impl", choices=VARIANTS, default="bidir", help="how text features travel between ranks"
+        )
+
+    @classmethod
+    def from_args(cls, args: Namespace, shape: RunShape) -> SigLIP:
+        return cls(loss_dist_impl=args.loss_dist_impl, rho=args.rho)
+
+    def compute(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None,
+        keys: Tensor | None,
+    ) -> Output:
+        if logit_bias is None:
+            raise ValueError("objective siglip needs a logit_bias: give the model one (open_clip: init_logit_bias=-10)")
+        loss = self.loss(image_features, text_features, logit_scale, logit_bias)
+        if not self.report:
+            return Output(loss)
+        with torch.no_grad():
+            batch = gather_batch(image_features, text_features)
+            log_means = batch_log_means(batch, logit_scale)
+            metrics = common_metrics(batch, log_means, log_means, log_means, logit_scale, self.rho)
+            return Output(loss, {**metrics, "logit_bias": logit_bias.detach()})

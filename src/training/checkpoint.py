@@ -1,0 +1,159 @@
+"""Checkpoints: tensors and plain Python values only, so that torch.load(weights_only=True) and plain open_clip read them.
+
+A file appears under its final name only when it is whole: it is written under a temporary name, flushed to the disk and
+renamed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from neuclip.objectives import Objective
+from training.errors import UserError
+from training.model import TwoTowers
+from training.optim import load_optimizer_state
+
+LATEST = "epoch_latest.pt"
+
+
+@dataclass
+class TrainingState:
+    """Everything a run learns or remembers.
+
+    Attributes:
+        towers, objective, optimizer, scaler: the parts with a state dict of their own.
+        epoch: epochs completed. step: optimizer steps taken.
+    """
+
+    towers: TwoTowers
+    objective: Objective
+    optimizer: Optimizer
+    scaler: torch.amp.GradScaler
+    epoch: int = 0
+    step: int = 0
+
+    def to_checkpoint(self, name: str, model_name: str) -> dict[str, Any]:
+        """The content of a checkpoint file.
+
+        `state_dict` is that of the architecture alone and opens in plain open_clip; a logit_bias that the architecture does
+        not have stands beside it.
+        """
+        content = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "name": name,
+            "model": model_name,
+            "state_dict": self.towers.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "objective": {"name": self.objective.name, "state_dict": self.objective.state_dict()},
+        }
+        if self.towers.extra_logit_bias is not None:
+            content["logit_bias"] = self.towers.extra_logit_bias.detach()
+        return content
+
+    def load(self, checkpoint: dict[str, Any], path: Path, model_name: str) -> None:
+        """Restore everything.
+
+        Raises:
+            UserError: the file is of another architecture, objective or optimizer.
+        """
+        missing = {"epoch", "state_dict", "optimizer", "objective"} - checkpoint.keys()
+        if missing:
+            raise UserError(
+                f"--resume {path} lacks {', '.join(sorted(missing))}: it is no checkpoint of this trainer; "
+                f"to start from its weights only, use --pretrained {path}"
+            )
+        _check_architecture(self.towers.model, checkpoint, path, model_name)
+        saved = checkpoint["objective"]
+        if saved["name"] != self.objective.name:
+            raise UserError(
+                f"--resume {path} was trained with --objective {saved['name']}, not {self.objective.name}: "
+                f"give that one, or start anew from its weights with --pretrained {path}"
+            )
+        self.towers.model.load_state_dict(checkpoint["state_dict"])
+        if self.towers.extra_logit_bias is not None:
+            self.towers.extra_logit_bias.data.copy_(checkpoint["logit_bias"])
+        try:
+            self.objective.load_state_dict(saved["state_dict"])
+            load_optimizer_state(self.optimizer, checkpoint["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"--resume {path} does not fit the present flags: {reason}") from None
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        self.epoch = checkpoint["epoch"]
+        self.step = checkpoint["step"]
+
+
+def save_checkpoint(content: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint so that `path` is never half-written, not even by a crash of the machine.
+
+    Args:
+        content: nested dicts and lists of tensors and plain values. Tensors go to the file from wherever they are.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the renaming itself
+    finally:
+        os.close(folder)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint to the host's memory. Never runs code from the file.
+
+    Raises:
+        UserError: the file is absent or not a whole checkpoint.
+    """
+    if not path.is_file():
+        raise UserError(f"--resume {path}: there is no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"--resume {path} cannot be read as a checkpoint: {reason}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--resume {path} holds a {type(content).__name__}, not a checkpoint")
+    return content
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run, or None. Files that cannot be read are named in the log and passed over."""
+    files = [path for path in folder.glob("*.pt") if re.fullmatch(r"(epoch|iter)_(\d+|latest)\.pt", path.name)]
+    for path in sorted(files, key=lambda p: p.stat().st_mtime_ns, reverse=True):
+        try:
+            read_checkpoint(path)
+        except UserError as error:
+            logging.warning("passed over: %s", error)
+        else:
+            return path
+    return None
+
+
+def _check_architecture(model: nn.Module, checkpoint: dict[str, Any], path: Path, model_name: str) -> None:
+    saved, present = checkpoint["state_dict"], model.state_dict()
+    for key in [*present, *saved]:
+        shapes = [tuple(part[key].shape) if key in part else "absent" for part in (saved, present)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"--resume {path} is of another architecture ({checkpoint.get('model', 'unknown')}) than --model "
+                f"{model_name}: {key} is {shapes[0]} there and {shapes[1]} here; give the --model it was trained with"
+            )

@@ -1,0 +1,135 @@
+"""Who this process is among the ranks, by torchrun's variables, by srun's, or alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from training.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place.
+
+    Attributes:
+        rank, local_rank, size: among all processes; on this node; number of all.
+        device: where this rank computes.
+    """
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes files and speaks to the user."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def from_main(self, value: T) -> T:
+        """Rank 0's value, on every rank (a plain Python object)."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def check_together(self, check: Callable[[], T]) -> T:
+        """Run a check on every rank; if it fails on any, it fails on all, so that none is left waiting for the others.
+
+        Raises:
+            UserError: the first failing rank's message.
+        """
+        result, message = None, None
+        try:
+            result = check()
+        except UserError as error:
+            message = str(error)
+        messages: list[str | None] = [message]
+        if self.size > 1:
+            messages = [None] * self.size
+            dist.all_gather_object(messages, message)
+        failed = [m for m in messages if m is not None]
+        if failed:
+            where = "" if len(failed) == self.size else f" (on rank {messages.index(failed[0])})"
+            raise UserError(failed[0] + where)
+        return result  # type: ignore[return-value]
+
+
+def environment() -> tuple[int, int, int]:
+    """(rank, local rank, world size) from the environment.
+
+    torchrun's variables come first, since torchrun itself may run under srun. The shell of a batch job has SLURM_PROCID and
+    SLURM_NTASKS too, without being a task of a step: a program started there without srun is alone.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"])
+    in_step = "SLURM_JOB_ID" not in env or "SLURM_STEP_NUM_TASKS" in env or "SLURM_STEP_NUM_NODES" in env
+    if "SLURM_PROCID" in env and in_step:
+        return int(env["SLURM_PROCID"]), int(env.get("SLURM_LOCALID", 0)), int(env.get("SLURM_NTASKS", 1))
+    return 0, 0, 1
+
+
+def connect(device: str, backend: str | None, url: str, timeout_seconds: int) -> World:
+    """Choose this rank's device and join the process group (if there is more than one rank).
+
+    Args:
+        device: "auto", "cuda" or "cpu".
+        backend: None for nccl on GPUs and gloo on CPUs.
+
+    Raises:
+        UserError: CUDA is asked for and absent, or ranks cannot find each other.
+    """
+    rank, local_rank, size = environment()
+    chosen = _device(device, local_rank)
+    if size > 1:
+        if url == "env://" and "MASTER_ADDR" not in os.environ:
+            raise UserError(
+                f"MASTER_ADDR is not set and there are {size} ranks: in the sbatch script, "
+                'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+            )
+        # A port of the job's own: two jobs on one node with a fixed port would join each other's group and hang.
+        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
+        dist.init_process_group(
+            backend=backend or ("nccl" if chosen.type == "cuda" else "gloo"),
+            init_method=url,
+            world_size=size,
+            rank=rank,
+            timeout=timedelta(seconds=timeout_seconds),
+            device_id=chosen if chosen.type == "cuda" else None,
+        )
+    return World(rank, local_rank, size, chosen)
+
+
+def disconnect() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {name}: this machine shows no CUDA device; use --device cpu or auto")
+        # slurm may show each task a single GPU, which is then number 0 whatever the local rank.
+        index = local_rank % torch.cuda.device_count()
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
+    return torch.device(name)

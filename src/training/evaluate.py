@@ -1,0 +1,153 @@
+"""Evaluation between epochs: validation pairs and zero-shot classification, on all ranks, by the code of `evaluation`."""
+
+from __future__ import annotations
+
+import logging
+import math
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from evaluation.datasets import ClassificationSource, PairDataset, open_classification
+from evaluation.features import encode_images, encode_pairs, evaluating
+from evaluation.retrieval import retrieval_metrics
+from evaluation.zero_shot import build_class_head, zero_shot_metrics
+from training.distributed import World
+from training.errors import UserError
+from training.model import ModelBundle, TwoTowers
+from training.precision import Precision
+
+# flag → prefix of the metric names, as open_clip spells them
+_ZERO_SHOT = {
+    "imagenet_val": "imagenet-zeroshot-val",
+    "imagenet_v2": "imagenetv2-zeroshot-val",
+    "zeroshot_data": "zeroshot-val",
+}
+
+
+class Evaluator:
+    """Opens the evaluation sets that the flags name, and runs those that are due.
+
+    Args:
+        args: the resolved command line.
+        bundle: gives preprocessing and tokenizer.
+        world, precision: this rank's place; the towers' number format.
+
+    Raises:
+        UserError: a set cannot be opened; the message names the flag.
+    """
+
+    def __init__(self, args: Namespace, bundle: ModelBundle, world: World, precision: Precision) -> None:
+        self.args = args
+        self.world = world
+        self.precision = precision
+        self.tokenizer = bundle.tokenizer
+        self.pairs = None
+        if args.val_data:
+            with _naming_flag("val_data", args.val_data):
+                self.pairs = PairDataset(
+                    args.val_data,
+                    bundle.preprocess_val,
+                    bundle.tokenizer,
+                    rank=world.rank,
+                    world_size=world.size,
+                    limit=args.val_num_samples,
+                )
+        self.classifications: dict[str, ClassificationSource] = {}
+        for flag, prefix in _ZERO_SHOT.items():
+            path = getattr(args, flag)
+            if path:
+                with _naming_flag(flag, path):
+                    self.classifications[prefix] = open_classification(
+                        path, bundle.preprocess_val, rank=world.rank, world_size=world.size
+                    )
+
+    def __call__(self, towers: TwoTowers, epoch: int) -> dict[str, float]:
+        """Metrics of the sets that are due after `epoch` completed epochs; the same on every rank, empty if none is due."""
+        last = epoch == self.args.epochs
+        metrics: dict[str, float] = {}
+        if self.pairs is not None and (last or _is_due(epoch, self.args.val_frequency)):
+            metrics.update(self._validate(towers))
+        if last or _is_due(epoch, self.args.zeroshot_frequency):
+            for prefix, source in self.classifications.items():
+                metrics.update(self._classify(towers, prefix, source))
+        if metrics and self.world.is_main:
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            logging.info("evaluation after epoch %d: %s", epoch, shown)
+        return metrics
+
+    def _validate(self, towers: TwoTowers) -> dict[str, float]:
+        images, texts = encode_pairs(
+            towers.model,
+            self._loader(self.pairs),
+            self.world.device,
+            self.precision.autocast,
+            world_size=self.world.size,
+        )
+        metrics = retrieval_metrics(images, texts, rank=self.world.rank, world_size=self.world.size)
+        scale = towers.model.logit_scale.detach().float().exp().reshape(())
+        metrics["clip_val_loss"] = batched_contrastive_loss(images, texts, scale, self.args.batch_size)
+        metrics["num_samples"] = float(len(images))
+        return metrics
+
+    def _classify(self, towers: TwoTowers, prefix: str, source: ClassificationSource) -> dict[str, float]:
+        with evaluating(towers.model):
+            head = build_class_head(
+                self._encode_text(towers), self.tokenizer, source.class_names, source.templates, self.world.device
+            )
+        features, labels = encode_images(
+            towers.model, self._loader(source.dataset), self.world.device, self.precision.autocast
+        )
+        scores = zero_shot_metrics(features, labels, head, world_size=self.world.size)
+        named = {
+            "top1": scores["top1"],
+            "top5": scores["top5"],
+            "mean-per-class-recall": scores["mean_per_class_recall"],
+        }
+        return {f"{prefix}-{name}": value for name, value in named.items() if value is not None}
+
+    def _encode_text(self, towers: TwoTowers) -> Callable[[Tensor], Tensor]:
+        def encode(tokens: Tensor) -> Tensor:
+            with self.precision.autocast():
+                return towers.model.encode_text(tokens)
+
+        return encode
+
+    def _loader(self, dataset: Any) -> DataLoader:
+        on_gpu = self.world.device.type == "cuda"
+        return DataLoader(dataset, batch_size=self.args.batch_size, num_workers=self.args.workers, pin_memory=on_gpu)
+
+
+def batched_contrastive_loss(images: Tensor, texts: Tensor, logit_scale: Tensor, batch_size: int) -> float:
+    """Mean of the two cross-entropies over consecutive batches, weighted by their size.
+
+    Args:
+        images, texts: [n, d] float32, L2-normalised. logit_scale: 0-dim. A last batch of one sample counts 0, as it must.
+    """
+    total = 0.0
+    for image, text in zip(images.split(batch_size), texts.split(batch_size)):
+        logits = logit_scale * image @ text.T
+        labels = torch.arange(len(image), device=image.device)
+        loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+        total += loss.item() * len(image)
+    return total / len(images) if len(images) else math.nan
+
+
+def _is_due(epoch: int, frequency: int) -> bool:
+    return frequency > 0 and epoch % frequency == 0
+
+
+@contextmanager
+def _naming_flag(flag: str, value: str) -> Any:
+    try:
+        yield
+    except UserError as error:
+        spelled = f"--{flag.replace('_', '-')}"
+        message = str(error)
+        raise UserError(message if message.startswith(spelled) else f"{spelled} {value}: {message}") from None

@@ -1,0 +1,185 @@
+"""The training loop. It knows batches, features, an objective and an optimizer; it knows no method."""
+
+from __future__ import annotations
+
+import logging
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from neuclip.objectives import Output
+from training.checkpoint import TrainingState
+from training.data import Batch, TrainLoader
+from training.distributed import World
+from training.precision import Precision
+from training.reporting import Reporter, progress_bar, reduce_metrics
+from training.schedules import LearningRates
+
+
+@dataclass
+class Training:
+    """What an epoch needs.
+
+    Attributes:
+        state: what is learnt. model: state.towers, compiled and distributed as asked for.
+    """
+
+    args: Namespace
+    world: World
+    state: TrainingState
+    model: nn.Module
+    loader: TrainLoader
+    rates: LearningRates
+    precision: Precision
+    reporter: Reporter
+
+
+class Interval:
+    """Wall-clock accounting between two log lines: all time, and the part spent waiting for data."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new interval now."""
+        self.began = time.perf_counter()
+        self.waited = 0.0
+        self.steps = 0
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches, with the time that each took to arrive."""
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            self.steps += 1
+            yield batch
+
+    def seconds_per_step(self) -> float:
+        """Mean over the interval so far."""
+        return (time.perf_counter() - self.began) / max(1, self.steps)
+
+    def data_share(self) -> float:
+        """Share of the interval's time spent waiting for data, in [0, 1]."""
+        return self.waited / max(1e-9, time.perf_counter() - self.began)
+
+
+def train_one_epoch(training: Training, epoch: int) -> None:
+    """Go once through the training data; `epoch` counts from 0."""
+    args, state = training.args, training.state
+    _seed(args.seed, epoch, training.world.rank)
+    training.model.train()
+    state.objective.start_epoch(epoch)
+    steps = training.loader.steps_per_epoch
+    interval = Interval()
+    bar = progress_bar(training.world, steps, f"epoch {epoch + 1}/{args.epochs}")
+    with bar, _profiler(args, training.world, epoch) as profiler:
+        for index, batch in enumerate(interval.timed(training.loader.epoch(epoch))):
+            is_logged = index == 0 or (index + 1) % args.log_every_n_steps == 0 or index + 1 == steps
+            state.objective.report = is_logged
+            training.rates.set(state.step)
+            output = training_step(training, batch)
+            state.step += 1
+            bar.update()
+            if profiler is not None:
+                profiler.step()
+            if is_logged:
+                _log(training, epoch, index, output, interval, bar)
+                interval.restart()
+
+
+def training_step(training: Training, batch: Batch) -> Output:
+    """Forward, objective, backward, clip, optimizer, clamp: one update. Nothing here waits for the device."""
+    state, device = training.state, training.world.device
+    image = batch.image.to(device, dtype=training.precision.input_dtype, non_blocking=True)
+    text = batch.text.to(device, non_blocking=True)
+    keys = None if batch.keys is None else batch.keys.to(device, non_blocking=True)
+
+    with training.precision.autocast():
+        image_features, text_features, logit_scale, logit_bias = training.model(image, text)
+    output = state.objective(image_features, text_features, logit_scale, logit_bias, keys)
+
+    state.scaler.scale(output.loss).backward()
+    if training.args.grad_clip_norm is not None:
+        state.scaler.unscale_(state.optimizer)
+        nn.utils.clip_grad_norm_(state.towers.parameters(), training.args.grad_clip_norm)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.towers.clamp_logit_scale()
+    return output
+
+
+def _log(training: Training, epoch: int, index: int, output: Output, interval: Interval, bar: tqdm) -> None:
+    args, state, world = training.args, training.state, training.world
+    temperature = (-state.towers.model.logit_scale.detach()).exp().reshape(())
+    device_values = {"loss": output.loss, "temperature": temperature, **output.metrics}
+    for name, rate in training.rates.current().items():
+        device_values[name] = torch.as_tensor(rate, dtype=torch.float64, device=world.device)
+    values = reduce_metrics(device_values, world)
+
+    per_step = interval.seconds_per_step()
+    samples = args.batch_size * world.size
+    remaining = (args.stop_epochs - epoch) * training.loader.steps_per_epoch - index - 1
+    values.update(
+        epoch=epoch + (index + 1) / training.loader.steps_per_epoch,
+        samples=state.step * samples,
+        samples_per_second=samples / per_step,
+        seconds_per_step=per_step,
+        data_wait_share=interval.data_share(),
+    )
+    training.reporter.training(state.step, values)
+    if not world.is_main:
+        return
+    bar.set_postfix_str(f"loss {values['loss']:.4f}")
+    shown = [f"{name} {values[name]:.4f}" for name in ("contrastive_loss", "global_loss") if name in values]
+    logging.info(
+        "epoch %d/%d  step %d/%d  loss %.4f  %s  τ %.4f  lr %.3g  lr_tau %s  %.0f samples/s  data wait %.0f %%  ETA %s",
+        epoch + 1,
+        args.epochs,
+        index + 1,
+        training.loader.steps_per_epoch,
+        values["loss"],
+        "  ".join(shown),
+        values["temperature"],
+        values["lr"],
+        f"{values['lr_tau']:.3g}" if "lr_tau" in values else "none",
+        values["samples_per_second"],
+        100 * values["data_wait_share"],
+        timedelta(seconds=round(remaining * per_step)),
+    )
+
+
+def _seed(seed: int, epoch: int, rank: int) -> None:
+    # Dropout and patch dropout start every epoch from a state of their own, so that a resumed run draws what an
+    # uninterrupted one does.
+    torch.manual_seed((seed * 1_000_003 + epoch) * 100_003 + rank)
+
+
+@contextmanager
+def _profiler(args: Namespace, world: World, epoch: int) -> Iterator[torch.profiler.profile | None]:
+    if not (args.profile and world.is_main and epoch == 0):
+        yield None
+        return
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if world.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    trace = Path(args.logs) / args.name / "profile.json"
+
+    def save(profiler: torch.profiler.profile) -> None:
+        profiler.export_chrome_trace(str(trace))
+        logging.info("profile of 4 steps in %s", trace)
+
+    schedule = torch.profiler.schedule(wait=2, warmup=2, active=4, repeat=1)
+    with torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=save) as profiler:
+        yield profiler

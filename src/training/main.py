@@ -1,0 +1,158 @@
+"""Entry of training: `python -u src/training/main.py FLAGS`, `python -m training.main FLAGS`; alone, by torchrun, by srun."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:
+    # Started as a file: its own folder, first on the path, would hide packages that share a name with our modules.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from neuclip.objectives import OBJECTIVES, RunShape, build_objective
+from training import distributed
+from training.checkpoint import TrainingState, newest_checkpoint, read_checkpoint, save_checkpoint
+from training.data import build_train_loader, check_train_data
+from training.distributed import World
+from training.errors import UserError
+from training.evaluate import Evaluator
+from training.loop import Training, train_one_epoch
+from training.model import ModelBundle, build_model, check_model, copy_model_configs, wrap
+from training.optim import build_optimizer, parameter_groups
+from training.params import data_config, parse_args
+from training.plan import plan_lines
+from training.precision import Precision
+from training.reporting import Reporter, log_to_file, start_logging
+from training.run_folder import RunFolder, default_name
+from training.schedules import LearningRates
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as the command line says. Returns the exit status: 0, or 2 after a user's mistake (one line on stderr)."""
+    try:
+        args = parse_args(argv)
+        world = distributed.connect(args.device, args.dist_backend, args.dist_url, args.dist_timeout)
+        start_logging(world, args.debug)
+        train(args, world)
+    except UserError as error:
+        if distributed.environment()[0] == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        distributed.disconnect()
+    return 0
+
+
+def train(args: Namespace, world: World) -> None:
+    """The whole run, from resolved flags to the last checkpoint.
+
+    Raises:
+        UserError: a mistake in the flags or files, on all ranks together and before the first step.
+    """
+    args.name = world.from_main(args.name or default_name(args))
+    folder = RunFolder(args.logs, args.name)
+    world.check_together(lambda: _check_inputs(args, folder, world))
+
+    bundle = world.check_together(lambda: build_model(args, OBJECTIVES[args.objective], world.device))
+    training = world.check_together(lambda: _assemble(args, world, folder, bundle))
+    evaluator = world.check_together(lambda: Evaluator(args, bundle, world, training.precision))
+    state = training.state
+    # One rank chooses, so that all go on from the same file.
+    checkpoint = world.from_main(_checkpoint_to_resume(args, folder) if world.is_main else None)
+    if checkpoint is not None:
+        world.check_together(lambda: state.load(read_checkpoint(checkpoint), checkpoint, args.model))
+        logging.info("resumed from %s: epoch %d, step %d", checkpoint, state.epoch, state.step)
+    if world.is_main:
+        folder.write_params(args)
+        copy_model_configs(args.model_config, folder.model_configs)
+        for line in plan_lines(args, world, state.towers, state.objective, training.loader):
+            logging.info(line)
+    if state.epoch >= args.stop_epochs:
+        logging.info("nothing to do: epoch %d of %d is done", state.epoch, args.stop_epochs)
+
+    for epoch in range(state.epoch, args.stop_epochs):
+        train_one_epoch(training, epoch)
+        state.epoch = epoch + 1
+        # Saved before it is evaluated: an evaluation that fails must not cost the epoch.
+        if world.is_main:
+            _save(args, folder, state)
+        metrics = evaluator(state.towers, state.epoch)
+        if metrics:
+            training.reporter.evaluation(state.epoch, state.step, metrics)
+    training.reporter.close()
+
+
+def _check_inputs(args: Namespace, folder: RunFolder, world: World) -> None:
+    """Everything that can be known to be wrong before the model is built."""
+    folder.check_new(args.resume)
+    check_model(args)
+    objective_class = OBJECTIVES[args.objective]
+    check_train_data(data_config(args, objective_class.needs_keys), world_size=world.size)
+    if args.resume and args.resume != "latest" and not Path(args.resume).is_file():
+        raise UserError(f"--resume {args.resume}: there is no such file; give a checkpoint, or latest")
+    if world.is_main:
+        folder.create()
+        log_to_file(folder.path / "out.log")
+
+
+def _assemble(args: Namespace, world: World, folder: RunFolder, bundle: ModelBundle) -> Training:
+    """Loader, objective, optimizer and schedules around a model."""
+    config = data_config(args, OBJECTIVES[args.objective].needs_keys)
+    on_gpu = world.device.type == "cuda"
+    loader = build_train_loader(
+        config, bundle.preprocess_train, bundle.tokenizer, world.rank, world.size, pin_memory=on_gpu
+    )
+    shape = RunShape(bundle.embed_dim, args.batch_size, world.size, loader.steps_per_epoch, args.epochs)
+    objective = build_objective(args, shape).to(world.device)
+    towers = bundle.towers
+    model = wrap(args, towers, objective, world)
+    optimizer = build_optimizer(args, parameter_groups(towers, towers.model.logit_scale, args.wd))
+    precision = Precision(args.precision, world.device.type)
+    return Training(
+        args=args,
+        world=world,
+        state=TrainingState(towers, objective, optimizer, precision.grad_scaler()),
+        model=model,
+        loader=loader,
+        rates=LearningRates(optimizer, args, loader.steps_per_epoch, towers.model.logit_scale),
+        precision=precision,
+        reporter=Reporter(args, folder, world),
+    )
+
+
+def _checkpoint_to_resume(args: Namespace, folder: RunFolder) -> Path | None:
+    if args.resume is None:
+        return None
+    if args.resume != "latest":
+        return Path(args.resume)
+    newest = newest_checkpoint(folder.checkpoints)
+    if newest is None:
+        logging.info("--resume latest: no checkpoint in %s yet, starting anew", folder.checkpoints)
+    return newest
+
+
+def _save(args: Namespace, folder: RunFolder, state: TrainingState) -> None:
+    content = state.to_checkpoint(args.name, args.model)
+    last = state.epoch == args.stop_epochs
+    if last or (args.save_frequency > 0 and state.epoch % args.save_frequency == 0):
+        save_checkpoint(content, folder.checkpoints / f"epoch_{state.epoch}.pt")
+        logging.info("saved %s", folder.checkpoints / f"epoch_{state.epoch}.pt")
+        if args.delete_previous_checkpoint:
+            for path in folder.checkpoints.glob("epoch_*.pt"):
+                number = path.stem.removeprefix("epoch_")
+                if number.isdecimal() and int(number) < state.epoch:
+                    path.unlink()
+    if args.save_most_recent:
+        save_checkpoint(content, folder.checkpoints / "epoch_latest.pt")
+
+
+def cli() -> None:
+    """Console entry."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,218 @@
+"""The two towers: an open_clip model behind an interface that hands out float32 features."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from neuclip.objectives import Objective, TemperatureLearning
+from training.distributed import World
+from training.errors import UserError
+
+MAX_LOG_LOGIT_SCALE = math.log(100)
+
+
+class TwoTowers(nn.Module):
+    """Features of both towers, normalised in float32 whatever the towers computed in.
+
+    Args:
+        model: an open_clip model (encode_image, encode_text, logit_scale).
+        logit_bias: initial bias for objectives that need one where the architecture has none. It is kept here, beside the
+            model, so that the model's own state dict still fits the architecture.
+    """
+
+    def __init__(self, model: nn.Module, logit_bias: float | None = None) -> None:
+        super().__init__()
+        self.model = model
+        own_bias = getattr(model, "logit_bias", None) is not None
+        if logit_bias is not None and own_bias:
+            nn.init.constant_(model.logit_bias, logit_bias)
+        needs_bias = logit_bias is not None and not own_bias
+        self.extra_logit_bias = nn.Parameter(torch.tensor(float(logit_bias))) if needs_bias else None
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Encode a batch.
+
+        Args:
+            image: [B, 3, H, W]. text: [B, L] int64 tokens.
+
+        Returns:
+            image features and text features [B, d] float32, L2-normalised; logit_scale = 1/τ, 0-dim; logit_bias or None.
+        """
+        image_features = F.normalize(self.model.encode_image(image, normalize=False).float(), dim=-1)
+        text_features = F.normalize(self.model.encode_text(text, normalize=False).float(), dim=-1)
+        return image_features, text_features, self.model.logit_scale.float().exp().reshape(()), self.logit_bias
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """The bias in use, the model's or the one kept here; None without one."""
+        if self.extra_logit_bias is not None:
+            return self.extra_logit_bias
+        return getattr(self.model, "logit_bias", None)
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Keep τ in [0.01, 1], as CLIP does (arXiv 2103.00020, section 2.5)."""
+        self.model.logit_scale.clamp_(0.0, MAX_LOG_LOGIT_SCALE)
+
+
+@dataclass(frozen=True)
+class ModelBundle:
+    """A model with what belongs to it.
+
+    Attributes:
+        towers: on the run's device.
+        preprocess_train, preprocess_val: PIL image → [3, H, W].
+        tokenizer: list of strings → [B, L] int64.
+        embed_dim: d.
+    """
+
+    towers: TwoTowers
+    preprocess_train: Callable[[Any], Tensor]
+    preprocess_val: Callable[[Any], Tensor]
+    tokenizer: Callable[[list[str]], Tensor]
+    embed_dim: int
+
+
+def register_model_configs(paths: list[str]) -> None:
+    """Make the models of --model-config known to open_clip, each under its file's stem."""
+    for path in paths:
+        try:
+            open_clip.add_model_config(Path(path))
+        except (OSError, ValueError) as error:
+            raise UserError(f"--model-config {path} cannot be read as json: {error}") from None
+
+
+def copy_model_configs(paths: list[str], folder: Path) -> None:
+    """Copy the files of --model-config into the run folder, where evaluation looks for them."""
+    for path in map(Path, paths):
+        for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / file.name).exists() or not (folder / file.name).samefile(file):
+                shutil.copy(file, folder / file.name)
+
+
+def check_model(args: Namespace) -> None:
+    """Check --model and --pretrained before anything is built.
+
+    Raises:
+        UserError: no such model, or neither a tag nor a file for --pretrained.
+    """
+    register_model_configs(args.model_config)
+    if ":" in args.model:
+        return
+    known = open_clip.list_models()
+    name = args.model.replace("/", "-")
+    if name not in known:
+        stem = name.lower().split("-")[0]
+        near = [model for model in known if model.lower().startswith(stem)][:8] or known[:8]
+        raise UserError(
+            f"--model {args.model} is unknown: use one of open_clip's ({', '.join(near)}, …) "
+            "or describe your own with --model-config FILE.json"
+        )
+    if args.pretrained:
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        if args.pretrained not in tags and not Path(args.pretrained).is_file():
+            raise UserError(
+                f"--pretrained {args.pretrained} is neither a file nor a tag of {args.model}: "
+                f"its tags are {', '.join(tags) or 'none'}"
+            )
+
+
+def build_model(args: Namespace, objective_class: type[Objective], device: torch.device) -> ModelBundle:
+    """Create the model with the starting temperature and bias that the objective declares.
+
+    Raises:
+        UserError: open_clip cannot build or load it; its own reason is repeated.
+    """
+    # Every rank draws the same weights. logit_scale is set below, so that pretrained weights keep theirs.
+    torch.manual_seed(args.seed)
+    # open_clip tells every step of the construction, and warns that a new model starts at random.
+    if not args.debug:
+        logging.disable(logging.INFO if args.pretrained else logging.WARNING)
+    try:
+        model, preprocess_train, preprocess_val = open_clip.create_model_and_transforms(
+            args.model,
+            args.pretrained or None,
+            precision=args.precision,
+            device=device,
+            force_quick_gelu=args.force_quick_gelu,
+            force_custom_text=args.force_custom_text,
+            force_patch_dropout=args.force_patch_dropout,
+            force_image_size=args.force_image_size,
+            force_context_length=args.force_context_length,
+            image_mean=args.image_mean,
+            image_std=args.image_std,
+            image_interpolation=args.image_interpolation,
+            image_resize_mode=args.image_resize_mode,
+            aug_cfg=args.aug_cfg,
+            pretrained_image=args.pretrained_image,
+            cache_dir=args.cache_dir,
+        )
+        tokenizer = open_clip.get_tokenizer(
+            args.model, cache_dir=args.cache_dir, context_length=args.force_context_length
+        )
+    except (RuntimeError, OSError, ValueError, TypeError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"--model {args.model}: open_clip cannot build it: {first_line}") from error
+    finally:
+        logging.disable(logging.NOTSET)
+    if not args.pretrained or args.temperature is not None:
+        temperature = args.temperature or objective_class.initial_temperature
+        nn.init.constant_(model.logit_scale, math.log(1.0 / temperature))
+    towers = TwoTowers(model, objective_class.initial_logit_bias).to(device)
+    _lock(args, model)
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
+    return ModelBundle(towers, preprocess_train, preprocess_val, tokenizer, _embed_dim(model, tokenizer, device))
+
+
+def wrap(args: Namespace, towers: TwoTowers, objective: Objective, world: World) -> nn.Module:
+    """What the loop calls: the towers, compiled and distributed as asked for."""
+    towers.model.logit_scale.requires_grad_(objective.temperature_learning is TemperatureLearning.OUTER)
+    if objective.initial_logit_bias is None and towers.logit_bias is not None:
+        # A bias of the architecture that this objective does not look at: no gradient would come, and DDP waits for all.
+        towers.logit_bias.requires_grad_(False)
+    if args.torchcompile:
+        # Compiled in place: parameter names stay as they are.
+        towers.compile()
+    if world.size == 1:
+        return towers
+    if args.use_bn_sync:
+        towers.model = nn.SyncBatchNorm.convert_sync_batchnorm(towers.model)
+    device_ids = [world.device] if world.device.type == "cuda" else None
+    return DistributedDataParallel(
+        towers, device_ids=device_ids, gradient_as_bucket_view=True, static_graph=args.ddp_static_graph
+    )
+
+
+def _lock(args: Namespace, model: nn.Module) -> None:
+    if args.lock_image:
+        model.lock_image_tower(
+            unlocked_groups=args.lock_image_unlocked_groups, freeze_bn_stats=args.lock_image_freeze_bn_stats
+        )
+        logging.info("image tower frozen, last %d groups excepted", args.lock_image_unlocked_groups)
+    if args.lock_text:
+        model.lock_text_tower(unlocked_layers=args.lock_text_unlocked_layers, freeze_layer_norm=True)
+        logging.info("text tower frozen, last %d layers excepted", args.lock_text_unlocked_layers)
+
+
+@torch.no_grad()
+def _embed_dim(model: nn.Module, tokenizer: Callable[[list[str]], Tensor], device: torch.device) -> int:
+    # Asked of the model itself: configurations spell it in several ways, and hub models have none at hand.
+    was_training = model.training
+    features = model.eval().encode_text(tokenizer(["a"]).to(device), normalize=False)
+    model.train(was_training)
+    return features.shape[-1]

@@ -1,0 +1,59 @@
+"""The outer optimizer and its parameter groups."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+import timm.optim
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from training.schedules import TEMPERATURE_GROUP
+
+
+def parameter_groups(module: nn.Module, logit_scale: nn.Parameter, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices with weight decay; gains, biases and other vectors without; logit_scale in a group of its own.
+
+    Parameters that are frozen are left out. Each group carries its "role", which is saved with the optimizer's state.
+    """
+    decayed, plain, temperature = [], [], []
+    for parameter in module.parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter is logit_scale:
+            temperature.append(parameter)
+        else:
+            (plain if parameter.ndim < 2 else decayed).append(parameter)
+    groups = [
+        {"role": "decay", "params": decayed, "weight_decay": weight_decay},
+        {"role": "no_decay", "params": plain, "weight_decay": 0.0},
+        {"role": TEMPERATURE_GROUP, "params": temperature, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(args: Namespace, groups: list[dict[str, Any]]) -> Optimizer:
+    """AdamW and SGD from PyTorch, LAMB and Lion from timm. AdamW is fused on GPUs."""
+    betas = (args.beta1, args.beta2)
+    if args.optimizer == "adamw":
+        on_gpu = groups[0]["params"][0].is_cuda
+        return torch.optim.AdamW(groups, lr=args.lr, betas=betas, eps=args.eps, fused=on_gpu or None)
+    if args.optimizer == "lamb":
+        return timm.optim.Lamb(groups, lr=args.lr, betas=betas, eps=args.eps)
+    if args.optimizer == "lion":
+        return timm.optim.Lion(groups, lr=args.lr, betas=betas)
+    return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, nesterov=args.momentum > 0)
+
+
+def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load moments and step counts; hyper-parameters stay those of the present command line and device.
+
+    Raises:
+        ValueError: the groups do not match (PyTorch's own message).
+    """
+    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, current in zip(optimizer.param_groups, options):
+        group.update(current)

@@ -1,0 +1,284 @@
+"""The command line: open_clip's flags that people use, the flags of this trainer, and whatever the objectives bring along."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from neuclip.objectives import add_arguments as add_objective_arguments
+from neuclip.objectives import resolve as resolve_objective
+from training.data.config import DataConfig, check_flags
+from training.errors import UserError
+
+PRECISIONS = ("amp_bf16", "amp_bfloat16", "amp", "bf16", "fp16", "pure_bf16", "pure_fp16", "fp32")
+OPTIMIZERS = ("adamw", "lamb", "lion", "sgd")
+
+
+class KeyValues(argparse.Action):
+    """`--aug-cfg scale='(0.5, 1.0)' color_jitter=0.4`: pairs of a name and a Python literal (or a plain string)."""
+
+    def __call__(self, parser: Any, namespace: Namespace, values: Any, option_string: str | None = None) -> None:
+        pairs = {}
+        for item in values:
+            name, separator, text = item.partition("=")
+            if not separator:
+                parser.error(f"{option_string} {item}: write NAME=VALUE")
+            try:
+                pairs[name] = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                pairs[name] = text
+        setattr(namespace, self.dest, pairs)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    """Parse and check a command line; `args.objective` is settled and every default filled in.
+
+    Args:
+        argv: words of the command line without the program's name; None for sys.argv.
+
+    Raises:
+        UserError: a value or a combination of flags is wrong.
+        SystemExit: --help, or a flag that does not exist (argparse's own message).
+    """
+    parser = build_parser()
+    args = parser.parse_args(_known_spelling(parser, sys.argv[1:] if argv is None else argv))
+    _fill_defaults(args)
+    _check(args)
+    try:
+        resolve_objective(args)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if args.data_size is not None and args.train_num_samples is not None and args.data_size < args.train_num_samples:
+        raise UserError(
+            f"--data_size {args.data_size} is smaller than --train-num-samples {args.train_num_samples}: "
+            "it counts the integer keys of the data set, gaps included, so give at least the number of samples"
+        )
+    return args
+
+
+def data_config(args: Namespace, needs_keys: bool) -> DataConfig:
+    """The flags that concern the training data.
+
+    Args:
+        needs_keys: whether the objective needs each sample's integer key.
+    """
+    return DataConfig(
+        train_data=args.train_data,
+        dataset_type=args.dataset_type,
+        train_num_samples=args.train_num_samples,
+        dataset_resampled=args.dataset_resampled,
+        train_data_upsampling_factors=args.train_data_upsampling_factors,
+        csv_img_key=args.csv_img_key,
+        csv_caption_key=args.csv_caption_key,
+        csv_separator=args.csv_separator,
+        workers=args.workers,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        shuffle_buffer=args.shuffle_buffer,
+        needs_keys=needs_keys,
+    )
+
+
+def build_parser() -> ArgumentParser:
+    """The whole command line, in groups."""
+    parser = ArgumentParser(
+        prog="main.py",
+        description="Train CLIP models with global and mini-batch contrastive objectives. Flags may be written with - or _.",
+        allow_abbrev=False,
+    )
+    add_objective_arguments(parser)
+    for add_group in (_data, _zero_shot, _model, _locking, _optimization, _run, _logging, _distributed):
+        add_group(parser)
+    return parser
+
+
+def _known_spelling(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
+    """Replace --a_b by --a-b or the other way round, whichever the parser has."""
+    known = {option.replace("_", "-"): option for action in parser._actions for option in action.option_strings}
+    words = []
+    for word in argv:
+        flag, separator, value = word.partition("=")
+        if flag.startswith("--"):
+            flag = known.get(flag.replace("_", "-"), flag)
+        words.append(flag + separator + value)
+    return words
+
+
+def _data(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group("data").add_argument
+    add(
+        "--train-data",
+        help="shards with brace expansion, several sources joined by ::, a folder of shards, or a csv file",
+    )
+    add("--val-data", help="image-text pairs for validation, in the same forms")
+    add("--dataset-type", choices=("webdataset", "csv", "synthetic", "auto"), default="auto")
+    add("--train-num-samples", type=int, help="samples of an epoch; may be left out where shard sizes are known")
+    add("--val-num-samples", type=int, help="use only that many validation samples")
+    add("--dataset-resampled", action="store_true", help="draw shards with replacement")
+    add(
+        "--train-data-upsampling-factors",
+        help="weights of the :: sources, such as 1::2::0.5 (with --dataset-resampled)",
+    )
+    add("--csv-separator", default="\t")
+    add("--csv-img-key", default="filepath", help="column of image paths")
+    add("--csv-caption-key", default="title", help="column of captions")
+    add("--workers", type=int, default=4, help="loader processes per rank")
+    add("--shuffle-buffer", type=int, default=5000, help="samples per worker among which the next one is drawn")
+
+
+def _zero_shot(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "zero-shot classification during training",
+        "each a folder of class folders (ImageNet style) or a webdataset in the layout of clip_benchmark",
+    )
+    group.add_argument("--imagenet-val", help="reported as imagenet-zeroshot-val-top1 and -top5")
+    group.add_argument("--imagenet-v2", help="reported as imagenetv2-zeroshot-val-top1 and -top5")
+    group.add_argument("--zeroshot-data", help="any other data set, reported as zeroshot-val-top1 and -top5")
+    group.add_argument("--zeroshot-frequency", type=int, default=2, help="epochs between zero-shot evaluations")
+
+
+def _model(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="ViT-B-32", help="name of an open_clip model, built in or from --model-config")
+    add(
+        "--model-config",
+        action="append",
+        default=[],
+        help="json file (or folder of them) with a model named by its stem",
+    )
+    add("--pretrained", default=None, help="weights to start from: an open_clip tag or a checkpoint file")
+    add("--pretrained-image", action="store_true", help="start the image tower from timm's weights")
+    add("--precision", choices=PRECISIONS, default="amp_bf16")
+    add("--force-quick-gelu", action="store_true")
+    add("--force-custom-text", action="store_true")
+    add("--force-patch-dropout", type=float, help="share of patches dropped in training")
+    add("--force-image-size", type=int, nargs="+", help="one number, or height and width")
+    add("--force-context-length", type=int)
+    add("--image-mean", type=float, nargs=3, metavar="MEAN")
+    add("--image-std", type=float, nargs=3, metavar="STD")
+    add("--image-interpolation", choices=("bicubic", "bilinear", "random"))
+    add("--image-resize-mode", choices=("shortest", "longest", "squash"), help="for evaluation images")
+    add("--aug-cfg", nargs="*", default={}, action=KeyValues, metavar="NAME=VALUE", help="open_clip's AugmentationCfg")
+    add("--cache-dir", help="where downloaded weights and tokenizers go")
+
+
+def _locking(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group("frozen towers").add_argument
+    add("--lock-image", action="store_true", help="freeze the image tower")
+    add("--lock-image-unlocked-groups", type=int, default=0, help="last layer groups that stay trainable")
+    add("--lock-image-freeze-bn-stats", action="store_true")
+    add("--lock-text", action="store_true", help="freeze the text tower")
+    add("--lock-text-unlocked-layers", type=int, default=0, help="last layers that stay trainable")
+    add("--lock-text-freeze-layer-norm", action="store_true")
+
+
+def _optimization(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group("optimization").add_argument
+    add("--batch-size", type=int, default=64, help="samples per rank and step")
+    add("--epochs", type=int, default=32, help="length of the run, which the schedules follow")
+    add("--stop_epochs", type=int, default=-1, help="stop after this epoch without changing the schedules")
+    add("--optimizer", choices=OPTIMIZERS, default="adamw")
+    add("--lr", type=float, help="peak learning rate (5e-4 unless given)")
+    add("--wd", type=float, default=0.2, help="weight decay; none on gains, biases, logit_scale")
+    add("--beta1", type=float, help="0.9 unless given")
+    add("--beta2", type=float, help="0.98 for ViT models, 0.999 for others, unless given")
+    add("--eps", type=float, help="1e-6 for ViT models, 1e-8 for others, unless given")
+    add("--momentum", type=float, default=0.9, help="sgd only")
+    add("--warmup", type=int, default=10000, help="steps of linear warmup")
+    add("--lr-scheduler", choices=("cosine", "const", "const-cooldown"), default="cosine")
+    add("--lr_min", type=float, default=0.0, help="where the cosine ends")
+    add("--skip-scheduler", action="store_true", help="constant learning rates, no warmup")
+    add("--epochs-cooldown", type=int, help="epochs of cooldown at the end (const-cooldown)")
+    add("--lr-cooldown-end", type=float, default=0.0, help="learning rate at the end of the cooldown")
+    add("--lr-cooldown-power", type=float, default=1.0, help="1: linear")
+    add("--grad-clip-norm", type=float)
+    add("--temperature", type=float, help="initial τ = 1/logit_scale (0.07, siglip 0.1 unless given)")
+    add("--lr_tau", type=float, default=-1.0, help="learning rate of the temperature; negative: that of the model")
+    add(
+        "--lr_tau_scheduler",
+        choices=("const", "cosine", "step_thresh"),
+        default="cosine",
+        help="step_thresh: a third of lr_tau while τ ≤ 0.03",
+    )
+    add("--grad-checkpointing", action="store_true", help="recompute activations in backward")
+    add("--torchcompile", action="store_true", help="compile the towers")
+    add("--seed", type=int, default=0)
+
+
+def _run(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group("run folder and checkpoints").add_argument
+    add("--name", help="name of the run's folder; built from the time and the main flags unless given")
+    add("--logs", default="./logs", help="where run folders go")
+    add("--resume", help="a checkpoint file, or 'latest': the run's newest one if there is any")
+    add("--save-frequency", type=int, default=1, help="epochs between checkpoints epoch_N.pt; 0: only the last one")
+    add("--save-most-recent", action="store_true", help="also write epoch_latest.pt after every epoch")
+    add("--delete-previous-checkpoint", action="store_true", help="keep only the newest epoch_N.pt")
+    add("--val-frequency", type=int, default=1, help="epochs between evaluations on --val-data; 0: never")
+
+
+def _logging(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group("logging").add_argument
+    add("--log-every-n-steps", type=int, default=100)
+    add("--report-to", default="", help="tensorboard, wandb, or both with a comma")
+    add("--wandb-project-name", default="neuclip")
+    add("--wandb-notes", default="")
+    add("--profile", action="store_true", help="trace a few steps of the first epoch into the run folder")
+    add("--debug", action="store_true", help="log more")
+
+
+def _distributed(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group("devices and ranks").add_argument
+    add("--device", default="auto", help="auto, cuda or cpu")
+    add("--dist-backend", choices=("nccl", "gloo"), help="nccl on GPUs, gloo on CPUs unless given")
+    add("--dist-url", default="env://", help="how ranks find each other, as torch.distributed understands it")
+    add("--dist-timeout", type=int, default=1800, help="seconds after which a collective that hangs ends the run")
+    add("--ddp-static-graph", action="store_true", help="tell DistributedDataParallel that the graph never changes")
+    add("--use-bn-sync", action="store_true", help="batch normalisation over all ranks")
+
+
+def _fill_defaults(args: Namespace) -> None:
+    """Defaults that depend on other flags; ViT values are those of the CLIP paper (arXiv 2103.00020)."""
+    is_vit = "vit" in args.model.lower()
+    defaults = {"lr": 5e-4, "beta1": 0.9, "beta2": 0.98 if is_vit else 0.999, "eps": 1e-6 if is_vit else 1e-8}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.lr_tau < 0:
+        args.lr_tau = args.lr
+    if args.stop_epochs < 0 or args.stop_epochs > args.epochs:
+        args.stop_epochs = args.epochs
+    if args.force_image_size is not None and len(args.force_image_size) == 1:
+        args.force_image_size = args.force_image_size[0]
+
+
+def _check(args: Namespace) -> None:
+    at_least_one = [(flag, 1) for flag in ("epochs", "log_every_n_steps")]
+    for flag, least in [*at_least_one, *((f, 0) for f in ("warmup", "save_frequency", "val_frequency"))]:
+        if getattr(args, flag) < least:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is too small: give {least} or more")
+    for flag in ("lr", "temperature"):
+        value = getattr(args, flag)
+        if value is not None and value <= 0:
+            raise UserError(f"--{flag} {value} must be positive")
+    if args.temperature is not None and args.temperature < 0.01:
+        raise UserError(
+            f"--temperature {args.temperature} is below 0.01, where logit_scale is clamped: give 0.01 or more"
+        )
+    check_flags(data_config(args, needs_keys=False))
+    if args.lr_scheduler == "const-cooldown" and not args.epochs_cooldown:
+        raise UserError("--lr-scheduler const-cooldown needs --epochs-cooldown: the number of epochs of the cooldown")
+    unknown = set(filter(None, args.report_to.split(","))) - {"tensorboard", "wandb"}
+    if unknown:
+        raise UserError(
+            f"--report-to {args.report_to}: unknown {', '.join(sorted(unknown))}; choose tensorboard, wandb"
+        )
+    for path in args.model_config:
+        if not Path(path).exists():
+            raise UserError(f"--model-config {path} does not exist: give a json file or a folder of them")
+    if args.name is not None and Path(args.name).name != args.name:
+        raise UserError(f"--name {args.name} must be one folder name: use --logs for the folder above it")

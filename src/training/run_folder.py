@@ -1,0 +1,88 @@
+"""The folder of a run: logs/<name>/ with params.txt, out.log, checkpoints/ and whatever training writes."""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from datetime import datetime
+from pathlib import Path
+
+from training.errors import UserError
+
+
+class RunFolder:
+    """Paths inside a run folder.
+
+    Attributes:
+        path: logs/<name>.
+        name: the run's name.
+    """
+
+    def __init__(self, logs: str, name: str) -> None:
+        self.path = Path(logs) / name
+        self.name = name
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where epoch_N.pt and epoch_latest.pt go."""
+        return self.path / "checkpoints"
+
+    @property
+    def model_configs(self) -> Path:
+        """Copies of the --model-config files, so that evaluation can build the model."""
+        return self.path / "model_configs"
+
+    @property
+    def results(self) -> Path:
+        """One line of JSON per evaluation."""
+        return self.path / "results.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        """One line of JSON per logging interval."""
+        return self.path / "metrics.jsonl"
+
+    def check_new(self, resume: str | None) -> None:
+        """Refuse to write into another run's folder.
+
+        Raises:
+            UserError: the folder holds a run and --resume is not given.
+        """
+        if resume is None and (self.path / "params.txt").exists():
+            raise UserError(
+                f"--name {self.name} exists already in {self.path.parent}: choose another name, "
+                "or add --resume latest to go on with it"
+            )
+
+    def create(self) -> None:
+        """Make the folders.
+
+        Raises:
+            UserError: the place cannot be written to.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--logs {self.path.parent}: cannot make {self.checkpoints} ({error.strerror})") from None
+
+    def write_params(self, args: Namespace) -> None:
+        """Write every resolved flag to params.txt, one `name: value` a line; earlier ones are kept as params_1.txt, …"""
+        file = self.path / "params.txt"
+        if file.exists():
+            number = 1 + len(list(self.path.glob("params_*.txt")))
+            file.rename(self.path / f"params_{number}.txt")
+        lines = [f"{name}: {value}\n" for name, value in sorted(vars(args).items())]
+        file.write_text("".join(lines), encoding="utf-8")
+
+
+def default_name(args: Namespace) -> str:
+    """A name from the time and the main flags, for runs without --name."""
+    parts = [
+        datetime.now().strftime("%Y_%m_%d-%H_%M_%S"),
+        args.objective,
+        f"model_{args.model}",
+        f"lr_{args.lr:g}",
+        f"b_{args.batch_size}",
+        f"p_{args.precision}",
+    ]
+    return re.sub(r"[^\w.=-]", "-", "-".join(parts))
