@@ -77,6 +77,9 @@ class PrototypeNormalizer(nn.Module):
         source = self.recent[:, : self.num_recent] if self.recent.shape[1] else batch.features
         source = source[:, : self.num_prototypes]
         self.active = source.shape[1]
+        # A feature of zeros (a tower that broke down) has no direction: any will do, as long as it is finite.
+        is_zero = source.norm(dim=2, keepdim=True) == 0
+        source = torch.where(is_zero, source.shape[2] ** -0.5, source)
         self.prototypes[:, : self.active].copy_(source.flip(0))
         self.optimizer.reset()
 
@@ -89,12 +92,12 @@ class PrototypeNormalizer(nn.Module):
             logit_scale: 0-dim tensor, 1/τ.
         """
         prototypes = self.prototypes[:, : self.active]
-        anchors = batch.features[:, batch.local]
-        targets = log_targets[:, batch.local]
+        anchors, positive, logit_scale = self._local_anchors(batch, logit_scale)
+        targets = log_targets[:, batch.local].to(prototypes.dtype)
         for _ in range(updates):
-            length = prototypes.norm(dim=2, keepdim=True)
+            length = prototypes.norm(dim=2, keepdim=True).clamp_min(1e-12)
             unit = prototypes / length
-            logits, log_normalizers = self._predict(anchors, unit, batch.positive[batch.local], logit_scale)
+            logits, log_normalizers = self._predict(anchors, unit, positive, logit_scale)
             # dF/dα_i = ½·τ/N·(1 − exp(T_i − α_i));  dα_i/dcos_ij = p_ij/τ;  p_ij = the share of prototype j in exp(α_i)
             excess = 1.0 - (targets - log_normalizers).clamp_max(LOG_WEIGHT_CEILING).exp()
             shares = (logits - log_normalizers[:, :, None]).exp_()
@@ -108,9 +111,15 @@ class PrototypeNormalizer(nn.Module):
     def predict(self, batch: GlobalBatch, logit_scale: Tensor) -> Tensor:
         """α of every anchor of the global batch, [2, N]."""
         unit = F.normalize(self.prototypes[:, : self.active], dim=2)
-        anchors = batch.features[:, batch.local]
-        local = self._predict(anchors, unit, batch.positive[batch.local], logit_scale)[1]
-        return distributed.all_gather(local, dim=1)
+        anchors, positive, logit_scale = self._local_anchors(batch, logit_scale)
+        local = self._predict(anchors, unit, positive, logit_scale)[1]
+        return distributed.all_gather(local.to(batch.features.dtype), dim=1)
+
+    def _local_anchors(self, batch: GlobalBatch, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """This rank's anchors [2, B, d], their s_ii [B], and 1/τ, in the prototypes' dtype."""
+        tensors = (batch.features[:, batch.local], batch.positive[batch.local], logit_scale)
+        anchors, positive, scale = (tensor.to(self.prototypes.dtype) for tensor in tensors)
+        return anchors, positive, scale
 
     def _predict(self, anchors: Tensor, unit: Tensor, positive: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (cos − s_ii)/τ − log m, [2, B, m_active], and α, [2, B]."""

@@ -87,9 +87,9 @@ class Objective(nn.Module):
     initial_temperature: ClassVar[float] = 0.07
     initial_logit_bias: ClassVar[float | None] = None
 
-    def __init__(self) -> None:
+    def __init__(self, learn_temperature: bool = True) -> None:
         super().__init__()
-        self.temperature_learning = TemperatureLearning.OUTER
+        self.temperature_learning = TemperatureLearning.OUTER if learn_temperature else TemperatureLearning.CONSTANT
         self.report = True
         self.step = 0
         self.epoch = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace, _ArgumentGroup
 
 from neuclip.normalizers.mixing import SCHEDULES, GammaSchedule
@@ -57,12 +58,38 @@ def check_global_args(args: Namespace) -> None:
     """
     if not 0.0 <= args.gamma <= 1.0:
         raise ValueError(f"--gamma {args.gamma} is outside [0, 1]: it is a weight, 1 = the batch's own estimate only")
-    if args.gamma_decay_epochs <= 0:
-        raise ValueError(f"--gamma_decay_epochs {args.gamma_decay_epochs} must be positive: give a number of epochs")
-    if args.fastclip_eps < 0:
-        raise ValueError(f"--fastclip_eps {args.fastclip_eps} is negative: give 0 or a small number such as 1e-8")
-    if args.rho < 0:
-        raise ValueError(f"--rho {args.rho} is negative: give 0 or a positive number such as 8")
+    check_range(args, "gamma_decay_epochs", above=0.0, remedy="give a number of epochs")
+    check_range(args, "fastclip_eps", least=0.0, remedy="give 0 or a small number such as 1e-8")
+    check_range(args, "rho", least=0.0, remedy="give 0 or a positive number such as 8")
+
+
+def check_range(
+    args: Namespace, flag: str, *, remedy: str, least: float | None = None, above: float | None = None
+) -> None:
+    """Check that a flag's value is a finite number, at least `least`, greater than `above`.
+
+    Raises:
+        ValueError: it is not; nan and inf are not either.
+    """
+    value = getattr(args, flag)
+    wrong = not math.isfinite(value) or (least is not None and value < least) or (above is not None and value <= above)
+    if wrong:
+        bound = f"at least {least:g}" if least is not None else f"greater than {above:g}"
+        raise ValueError(f"--{flag} {value} must be a finite number {bound}: {remedy}")
+
+
+def learns_one_temperature(args: Namespace) -> bool:
+    """Whether --temperature_scheme asks for one learnable temperature, or for a constant one.
+
+    Raises:
+        ValueError: it asks for one temperature per sample, which this objective does not have.
+    """
+    if args.temperature_scheme == "individual_learnable":
+        raise ValueError(
+            f"--temperature_scheme individual_learnable is not defined for objective {args.objective}: "
+            "use global_learnable or global_constant"
+        )
+    return bool(args.temperature_scheme == "global_learnable")
 
 
 def gamma_schedule(args: Namespace, shape: RunShape) -> GammaSchedule:

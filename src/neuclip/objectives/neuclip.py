@@ -19,8 +19,15 @@ from torch import Tensor
 
 from neuclip import distributed
 from neuclip.normalizers import PROTOTYPE_OPTIMIZERS, GammaSchedule, PrototypeNormalizer, log_mix
-from neuclip.objectives.base import Objective, Output, RunShape, TemperatureLearning
-from neuclip.objectives.global_flags import TITLE, add_global_arguments, check_global_args, gamma_schedule
+from neuclip.objectives.base import Objective, Output, RunShape
+from neuclip.objectives.global_flags import (
+    TITLE,
+    add_global_arguments,
+    check_global_args,
+    check_range,
+    gamma_schedule,
+    learns_one_temperature,
+)
 from neuclip.objectives.reporting import add_log_eps, common_metrics
 from neuclip.pairwise import PairwiseGradient, batch_log_means, gather_batch, pairwise_gradient, with_gradients
 
@@ -52,14 +59,13 @@ class NeuCLIP(Objective):
         rho: float = 8.0,
         learn_temperature: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(learn_temperature)
         self.normalizer = normalizer
         self.gamma = gamma
         self.repetitions = repetitions
         self.restart_every = restart_every
         self.log_eps = math.log(eps) if eps > 0 else -math.inf
         self.rho = rho
-        self.temperature_learning = TemperatureLearning.OUTER if learn_temperature else TemperatureLearning.CONSTANT
 
     @classmethod
     def add_arguments(cls, group: _ArgumentGroup) -> None:
@@ -88,16 +94,12 @@ class NeuCLIP(Objective):
         args.gamma_schedule = args.gamma_schedule or "cosine_step"
         args.gamma_decay_epochs = float(args.epochs) if args.gamma_decay_epochs is None else args.gamma_decay_epochs
         check_global_args(args)
-        if args.temperature_scheme == "individual_learnable":
-            raise ValueError(
-                "--temperature_scheme individual_learnable is not defined for objective neuclip: "
-                "use global_learnable or global_constant"
-            )
+        learns_one_temperature(args)
         for flag, least in (("npn_num_protos", 1), ("npn_repetition", 0), ("npn_restart_iter", 0)):
             if getattr(args, flag) < least:
                 raise ValueError(f"--{flag} {getattr(args, flag)} is too small: give {least} or more")
-        if args.npn_lr <= 0:
-            raise ValueError(f"--npn_lr {args.npn_lr} must be positive: the paper uses 1.0")
+        check_range(args, "npn_lr", above=0.0, remedy="the paper uses 1.0")
+        check_range(args, "npn_wd", least=0.0, remedy="the paper uses 0")
         PROTOTYPE_OPTIMIZERS[args.npn_optimizer](1, 1, args.npn_lr, args.npn_wd)  # checks --npn_wd
 
     @classmethod
@@ -114,7 +116,7 @@ class NeuCLIP(Objective):
             restart_every=args.npn_restart_iter,
             eps=args.fastclip_eps,
             rho=args.rho,
-            learn_temperature=args.temperature_scheme == "global_learnable",
+            learn_temperature=learns_one_temperature(args),
         )
 
     def compute(
@@ -147,6 +149,7 @@ class NeuCLIP(Objective):
             return Output(loss)
         with torch.no_grad():
             estimate, alpha = log_estimate[:, batch.local], predicted[:, batch.local]
+            # The NPN's own prediction is reported, before the batch's estimate is mixed in.
             metrics = common_metrics(batch, log_means, estimate, alpha, logit_scale, self.rho)
             metrics["gamma"] = logit_scale.new_full((), gamma)
             return Output(loss, metrics)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from neuclip import distributed
 from neuclip.objectives.base import Objective, Output, RunShape
-from neuclip.objectives.global_flags import TITLE, add_global_arguments
+from neuclip.objectives.global_flags import TITLE, add_global_arguments, check_range, learns_one_temperature
 from neuclip.objectives.reporting import common_metrics
 from neuclip.pairwise import batch_log_means, gather_batch
 
@@ -23,14 +23,17 @@ class OpenCLIP(Objective):
         local_loss: each rank forms only its own B×N logits.
         gather_with_grad: gradients flow through the gathered features.
         rho: enters the reported global_loss only.
+        learn_temperature: whether τ is learnt.
     """
 
     name = "openclip"
     summary = "mini-batch contrastive loss"
     shared_arguments = ((TITLE, add_global_arguments),)
 
-    def __init__(self, local_loss: bool = False, gather_with_grad: bool = False, rho: float = 8.0) -> None:
-        super().__init__()
+    def __init__(
+        self, local_loss: bool = False, gather_with_grad: bool = False, rho: float = 8.0, learn_temperature: bool = True
+    ) -> None:
+        super().__init__(learn_temperature)
         self.rho = rho
         world_size = distributed.world_size()
         if local_loss and not gather_with_grad and world_size > 1:
@@ -58,8 +61,18 @@ class OpenCLIP(Objective):
         )
 
     @classmethod
+    def resolve_args(cls, args: Namespace) -> None:
+        check_range(args, "rho", least=0.0, remedy="it enters the reported global_loss; give 0 or a positive number")
+        learns_one_temperature(args)
+
+    @classmethod
     def from_args(cls, args: Namespace, shape: RunShape) -> OpenCLIP:
-        return cls(local_loss=args.local_loss, gather_with_grad=args.gather_with_grad, rho=args.rho)
+        return cls(
+            local_loss=args.local_loss,
+            gather_with_grad=args.gather_with_grad,
+            rho=args.rho,
+            learn_temperature=learns_one_temperature(args),
+        )
 
     def compute(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from neuclip import distributed
 from neuclip.objectives.base import Objective, Output, RunShape
-from neuclip.objectives.global_flags import TITLE, add_global_arguments
+from neuclip.objectives.global_flags import TITLE, add_global_arguments, check_range, learns_one_temperature
 from neuclip.objectives.reporting import common_metrics
 from neuclip.pairwise import batch_log_means, gather_batch
 
@@ -23,6 +23,7 @@ class SigLIP(Objective):
     Args:
         loss_dist_impl: how text features travel between ranks; all variants give the same loss and gradient.
         rho: enters the reported global_loss only.
+        learn_temperature: whether τ is learnt.
     """
 
     name = "siglip"
@@ -32,8 +33,8 @@ class SigLIP(Objective):
     initial_temperature = 0.1
     initial_logit_bias = -10.0
 
-    def __init__(self, loss_dist_impl: str = "bidir", rho: float = 8.0) -> None:
-        super().__init__()
+    def __init__(self, loss_dist_impl: str = "bidir", rho: float = 8.0, learn_temperature: bool = True) -> None:
+        super().__init__(learn_temperature)
         self.rho = rho
         self.loss = SigLipLoss(rank=distributed.rank(), world_size=distributed.world_size(), dist_impl=loss_dist_impl)
 
@@ -44,8 +45,13 @@ class SigLIP(Objective):
         )
 
     @classmethod
+    def resolve_args(cls, args: Namespace) -> None:
+        check_range(args, "rho", least=0.0, remedy="it enters the reported global_loss; give 0 or a positive number")
+        learns_one_temperature(args)
+
+    @classmethod
     def from_args(cls, args: Namespace, shape: RunShape) -> SigLIP:
-        return cls(loss_dist_impl=args.loss_dist_impl, rho=args.rho)
+        return cls(loss_dist_impl=args.loss_dist_impl, rho=args.rho, learn_temperature=learns_one_temperature(args))
 
     def compute(
         self,

@@ -1,0 +1,154 @@
+"""On 1, 2 and 4 ranks every objective is the single-process objective on the concatenated batch, in float64.
+
+Averaged over the ranks: the loss and the metrics. Equal on every rank: the gradient of every parameter (after
+DistributedDataParallel) and everything that the objective learns or remembers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from neuclip import OBJECTIVES, make_objective
+from neuclip.objectives import RunShape
+from ranks import run_on_ranks
+
+from .programs import EMBED_DIM, GLOBAL_BATCH, STEPS, Record, run, run_all
+
+NPN = "--objective neuclip --npn_repetition 3"
+VARIANTS = {name: f"--objective {name}" for name in OBJECTIVES} | {
+    "openclip, gather with grad": "--objective openclip --gather-with-grad",
+    "openclip, local loss": "--objective openclip --local-loss --gather-with-grad",
+    "siglip, shift": "--objective siglip --loss-dist-impl shift",
+    "siglip, reduce": "--objective siglip --loss-dist-impl reduce",
+    "siglip, gather": "--objective siglip --loss-dist-impl gather",
+    "neuclip, m<N": f"{NPN} --npn_num_protos 6 --npn_restart_iter 3 --gamma_schedule cosine",
+    "neuclip, m=N": f"{NPN} --npn_num_protos 16 --npn_restart_iter 0 --gamma_schedule constant --gamma 0.3",
+    "neuclip, m>N": f"{NPN} --npn_num_protos 40 --npn_restart_iter 4 --gamma_decay_epochs 1.5",
+    "neuclip, printed": f"{NPN} --npn_num_protos 40 --npn_restart_iter 4 --gamma 0",
+    "neuclip, gamma 1": f"{NPN} --npn_num_protos 6 --gamma 1",
+    "neuclip, no eps": f"{NPN} --npn_num_protos 6 --fastclip_eps 0 --gamma 0.1 --gamma_schedule constant",
+    "neuclip, adagrad, m<N": f"{NPN} --npn_num_protos 6 --npn_optimizer adagrad --npn_lr 0.1 --npn_wd 0.01",
+    "neuclip, adagrad, m>N": f"{NPN} --npn_num_protos 40 --npn_optimizer adagrad --npn_lr 0.1 --npn_restart_iter 4",
+    "neuclip, constant temperature": f"{NPN} --npn_num_protos 6 --temperature_scheme global_constant",
+}
+WORLD_SIZES = (1, 2, 4)
+SAVED_ON = 2
+ROUNDING = {"rtol": 1e-11, "atol": 1e-12}
+
+
+@pytest.fixture(scope="module")
+def one_process() -> dict[str, Record]:
+    """The reference: no process group, one process, the whole batch."""
+    return {name: run(flags) for name, flags in VARIANTS.items()}
+
+
+@pytest.fixture(scope="module")
+def on_ranks() -> dict[int, list[dict[str, Any]]]:
+    """Results of run_all by number of ranks. The checkpoints that all continue from were written on SAVED_ON ranks."""
+    first = run_on_ranks(run_all, SAVED_ON, VARIANTS, {})
+    checkpoints = {name: record.checkpoint for name, record in first[0]["runs"].items()}
+    others = {size: run_on_ranks(run_all, size, VARIANTS, checkpoints) for size in WORLD_SIZES if size != SAVED_ON}
+    return {SAVED_ON: first, **others}
+
+
+def assert_equal(value: Any, expected: Any, where: str) -> None:
+    if isinstance(expected, Tensor):
+        torch.testing.assert_close(value, expected, msg=lambda text: f"{where}: {text}", **ROUNDING)
+    elif isinstance(expected, dict):
+        assert value.keys() == expected.keys(), where
+        for key in expected:
+            assert_equal(value[key], expected[key], f"{where}, {key}")
+    else:
+        assert value == expected, where
+
+
+def combined(name: str, values: list[Tensor]) -> Tensor:
+    """A metric of the global batch from those of the ranks, as the contract says."""
+    stack = torch.stack(values)
+    return stack.max() if name.endswith("_max") else stack.mean()
+
+
+def assert_ranks_equal_one_process(ranks: list[Record], expected: Record) -> None:
+    for step, loss in enumerate(expected.losses):
+        assert_equal(torch.stack([record.losses[step] for record in ranks]).mean(), loss, f"step {step}, loss")
+        for rank, record in enumerate(ranks):
+            assert_equal(record.gradients[step], expected.gradients[step], f"step {step}, rank {rank}, gradient")
+            assert record.metrics[step].keys() == expected.metrics[step].keys()
+        for name, metric in expected.metrics[step].items():
+            value = combined(name, [record.metrics[step][name] for record in ranks])
+            assert_equal(value, metric, f"step {step}, metric {name}")
+    for rank, record in enumerate(ranks):
+        assert_equal(record.state, expected.state, f"rank {rank}, state")
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ranks_equal_one_process(
+    variant: str, world_size: int, on_ranks: dict[int, list[dict[str, Any]]], one_process: dict[str, Record]
+) -> None:
+    expected = one_process[variant]
+    assert len(expected.losses) == STEPS
+    assert all(gradient.abs().max() > 1e-6 for gradient in expected.gradients[-1].values())
+    assert_ranks_equal_one_process([result["runs"][variant] for result in on_ranks[world_size]], expected)
+
+
+@pytest.mark.parametrize("world_size", [size for size in WORLD_SIZES if size != SAVED_ON])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_continues_on_another_number_of_ranks(
+    variant: str, world_size: int, on_ranks: dict[int, list[dict[str, Any]]], one_process: dict[str, Record]
+) -> None:
+    expected = run(VARIANTS[variant], one_process[variant].checkpoint)
+    assert len(expected.losses) == 1
+    assert_ranks_equal_one_process([result["continued"][variant] for result in on_ranks[world_size]], expected)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ranks_hold_the_same_state_to_the_last_bit(
+    variant: str, world_size: int, on_ranks: dict[int, list[dict[str, Any]]]
+) -> None:
+    """Replicas that differ by a rounding error drift apart, and the checkpoint of rank 0 would stand for none of them."""
+    states = [result["runs"][variant].state for result in on_ranks[world_size]]
+    for state in states[1:]:
+        for name, value in states[0].items():
+            assert torch.equal(state[name], value) if isinstance(value, Tensor) else state[name] == value, name
+
+
+def test_every_registered_objective_is_among_the_variants() -> None:
+    assert set(OBJECTIVES) <= set(VARIANTS)
+
+
+NEUCLIP_VARIANTS = [name for name in VARIANTS if name.startswith("neuclip")]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("variant", NEUCLIP_VARIANTS)
+def test_messages_of_a_neuclip_step(variant: str, world_size: int, on_ranks: dict[int, list[dict[str, Any]]]) -> None:
+    """Features cross once, packed; then vectors of length N; and the prototypes' gradient once per inner update.
+
+    Whatever a rank puts into a collective is counted, on every rank.
+    """
+    shape = RunShape(EMBED_DIM, GLOBAL_BATCH // world_size, world_size, 2, 4)
+    objective = make_objective(VARIANTS[variant], shape)
+    m, updates, local = objective.normalizer.num_prototypes, objective.repetitions, shape.batch_size
+    for result in on_ranks[world_size]:
+        for step, found in enumerate(result["messages"][variant]):
+            in_use = min(m, (step + 1) * GLOBAL_BATCH)
+            features = ("all_gather_into_tensor", 2 * local * EMBED_DIM)
+            prototypes = ("all_reduce", 2 * in_use * EMBED_DIM)
+            rest = list(found)
+            rest.remove(features)
+            for _ in range(updates):
+                rest.remove(prototypes)
+            # The batch's own normalizers and the predicted ones, both modalities of either: four vectors of length N.
+            assert rest == [("all_gather_into_tensor", 2 * local)] * 2
+            assert found[0] == features
+
+
+@pytest.mark.parametrize("variant", NEUCLIP_VARIANTS)
+def test_one_rank_sends_nothing(variant: str, on_ranks: dict[int, list[dict[str, Any]]]) -> None:
+    assert on_ranks[1][0]["messages"][variant] == [[], [], [], []]

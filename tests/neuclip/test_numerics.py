@@ -1,0 +1,186 @@
+"""Low temperatures, adversarial similarities, low precision: everything stays finite, and losses are float32 ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from neuclip import OBJECTIVES, Objective, RunShape, make_objective
+from neuclip.objectives.neuclip import NeuCLIP
+
+from .conftest import FeatureMaker
+
+DIM = 16
+COLDEST = 100.0  # logit_scale at τ = 0.01, where the field clamps it
+
+
+def direction(dtype: torch.dtype) -> Tensor:
+    return F.normalize(torch.randn(DIM, generator=torch.Generator().manual_seed(0)), dim=0).to(dtype)
+
+
+def adversarial(case: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Features whose similarities are all +1 or −1."""
+    v = direction(dtype)
+    signs = torch.tensor([1.0, -1.0], dtype=dtype)[:, None]
+    many = signs.repeat(4, 1)
+    images, texts = {
+        "two samples, s_ii = -1, s_ij = +1": (signs * v, -signs * v),
+        "two samples, s_ii = +1, s_ij = -1": (signs * v, signs * v),
+        "eight samples, s_ii = -1, s_ij = +1 or -1": (many * v, -many * v),
+        "eight samples, s_ii = +1, s_ij = +1 or -1": (many * v, many * v),
+        "eight samples, all s = +1": (v.repeat(8, 1), v.repeat(8, 1)),
+        "eight samples, all s = -1": (v.repeat(8, 1), -v.repeat(8, 1)),
+    }[case]
+    return images.clone().requires_grad_(), texts.clone().requires_grad_()
+
+
+CASES = (
+    "two samples, s_ii = -1, s_ij = +1",
+    "two samples, s_ii = +1, s_ij = -1",
+    "eight samples, s_ii = -1, s_ij = +1 or -1",
+    "eight samples, s_ii = +1, s_ij = +1 or -1",
+    "eight samples, all s = +1",
+    "eight samples, all s = -1",
+)
+
+
+def assert_finite_step(objective: Objective, images: Tensor, texts: Tensor) -> None:
+    scale = torch.tensor(COLDEST, requires_grad=True)
+    bias = None if objective.initial_logit_bias is None else torch.tensor(objective.initial_logit_bias)
+    images.grad = texts.grad = None
+    output = objective(images, texts, scale, bias, torch.arange(images.shape[0]))
+    output.loss.backward()
+    found = {"loss": output.loss, "images": images.grad, "texts": texts.grad, "scale": scale.grad, **output.metrics}
+    found |= {name: value for name, value in objective.state_dict().items() if isinstance(value, Tensor)}
+    broken = [name for name, value in found.items() if value is None or not torch.isfinite(value).all()]
+    assert not broken
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_every_objective_is_finite_at_the_lowest_temperature(name: str, dtype: torch.dtype, case: str) -> None:
+    images, texts = adversarial(case, dtype)
+    shape = RunShape(DIM, images.shape[0], 1, 10, 2)
+    objective = make_objective(f"--objective {name} --data_size 8", shape)
+    for _ in range(3):
+        assert_finite_step(objective, images, texts)
+
+
+@pytest.mark.parametrize("optimizer", ["adagrad_norm", "adagrad"])
+@pytest.mark.parametrize("eps", ["0", "1e-14", "1e-6"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_neuclip_is_finite_with_the_worst_prototypes(optimizer: str, eps: str, dtype: torch.dtype, sign: float) -> None:
+    """Every prototype along one direction, or against it: predictions are off by up to 200 in the log."""
+    for case in CASES:
+        images, texts = adversarial(case, dtype)
+        for updates in (0, 10):
+            flags = (
+                f"--objective neuclip --npn_num_protos 8 --npn_repetition {updates} --npn_restart_iter 0 --gamma 0 "
+                f"--npn_optimizer {optimizer} --fastclip_eps {eps}"
+            )
+            objective = make_objective(flags, RunShape(DIM, 8, 1, 10, 2))
+            assert isinstance(objective, NeuCLIP)
+            objective.step = 1  # after the first restart
+            objective.normalizer.active = 8
+            objective.normalizer.prototypes.copy_((sign * direction(torch.float32)).expand(2, 8, DIM))
+            for _ in range(3):
+                assert_finite_step(objective, images, texts)
+
+
+def test_predictions_far_above_and_far_below_are_finite_in_value(features: FeatureMaker) -> None:
+    """α wrong by 200 either way: exp(−α)·g is clamped, not infinite, and a vanishing weight is 0, not NaN."""
+    v = direction(torch.float32)
+    images, texts = adversarial("two samples, s_ii = -1, s_ij = +1", torch.float32)
+    objective = make_objective(
+        "--objective neuclip --npn_num_protos 2 --npn_repetition 0 --npn_restart_iter 0 --gamma 0 --fastclip_eps 0",
+        RunShape(DIM, 2, 1, 10, 2),
+    )
+    objective.step = 1
+    assert isinstance(objective, NeuCLIP)
+    objective.normalizer.active = 2
+    objective.normalizer.prototypes.copy_(torch.stack((v, v)).expand(2, 2, DIM))
+    # Anchor 0 (image v, text −v): its image meets the prototypes at +1, where α = 200 is right; its text at −1, where
+    # α = 0 against T = 200.
+    alpha_gap = objective(images, texts, torch.tensor(COLDEST)).metrics["log_normalizer_gap_max"]
+    assert float(alpha_gap) == pytest.approx(200.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_autocast_changes_nothing(name: str, features: FeatureMaker) -> None:
+    results = []
+    for enabled in (False, True):
+        objective = make_objective(f"--objective {name} --npn_num_protos 8 --data_size 8", RunShape(6, 8, 1, 10, 2))
+        images, texts = features(1, 8, dtype=torch.float32)
+        scale = torch.tensor(20.0, requires_grad=True)
+        bias = None if objective.initial_logit_bias is None else torch.tensor(-3.0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = objective(images, texts, scale, bias, torch.arange(8))
+        # Outside of the context, as PyTorch asks for: operators of a backward inside of it would be cast again.
+        gradients = torch.autograd.grad(output.loss, (images, texts, scale))
+        assert output.loss.dtype == torch.float32
+        assert all(value.dtype == torch.float32 for value in output.metrics.values())
+        results.append((output.loss, *gradients, *output.metrics.values()))
+    for plain, autocast in zip(*results):
+        assert torch.equal(plain, autocast)
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_bfloat16_features_give_the_loss_of_their_float32_copies(name: str, features: FeatureMaker) -> None:
+    losses = []
+    for convert in (lambda x: x, lambda x: x.float()):
+        objective = make_objective(f"--objective {name} --npn_num_protos 8 --data_size 8", RunShape(6, 8, 1, 10, 2))
+        images, texts = (convert(x.detach()) for x in features(1, 8, dtype=torch.bfloat16))
+        bias = None if objective.initial_logit_bias is None else torch.tensor(-3.0)
+        losses.append(objective(images, texts, torch.tensor(20.0), bias, torch.arange(8)).loss)
+    assert losses[0].dtype == torch.float32
+    assert torch.equal(losses[0], losses[1])
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_float32_is_close_to_float64_at_the_lowest_temperature(name: str, features: FeatureMaker) -> None:
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        objective = make_objective(
+            f"--objective {name} --npn_num_protos 8 --npn_repetition 3 --data_size 16", RunShape(6, 16, 1, 10, 2)
+        ).to(dtype)
+        for seed in range(2):
+            images, texts = (x.detach().requires_grad_() for x in features(seed, 16, dtype=torch.float32))
+            wide = (images.to(dtype), texts.to(dtype))
+            bias = None if objective.initial_logit_bias is None else torch.tensor(-3.0, dtype=dtype)
+            loss = objective(*wide, torch.tensor(COLDEST, dtype=dtype), bias, torch.arange(16)).loss
+        results.append((loss.double(), *torch.autograd.grad(loss, (images, texts))))
+    for narrow, wide in zip(*results):
+        torch.testing.assert_close(narrow, wide, rtol=1e-3, atol=1e-4 * float(wide.detach().abs().max()))
+
+
+@pytest.mark.parametrize("optimizer", ["adagrad_norm", "adagrad"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_feature_row_of_zeros_does_not_poison_the_prototypes(
+    optimizer: str, which: int, features: FeatureMaker
+) -> None:
+    """F.normalize of an all-zero embedding is zero. As a prototype it must not turn all predictions into NaN."""
+    objective = make_objective(
+        f"--objective neuclip --npn_num_protos 8 --npn_optimizer {optimizer} --npn_restart_iter 0",
+        RunShape(6, 8, 1, 10, 2),
+    )
+    for step in range(3):
+        pair = [x.detach().clone() for x in features(step, 8, dtype=torch.float32)]
+        if step == 0:
+            pair[which][3] = 0.0
+        assert_finite_step(objective, pair[0].requires_grad_(), pair[1].requires_grad_())
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_float64_features_are_welcome_in_a_float32_objective(name: str, features: FeatureMaker) -> None:
+    """forward's contract is float32 or better; nobody has to know that an objective holds buffers."""
+    objective = make_objective(f"--objective {name} --npn_num_protos 8 --data_size 8", RunShape(6, 8, 1, 10, 2))
+    for step in range(2):
+        images, texts = features(step, 8)
+        bias = None if objective.initial_logit_bias is None else torch.tensor(-3.0).double()
+        loss = objective(images, texts, torch.tensor(20.0).double(), bias, torch.arange(8)).loss
+        assert torch.isfinite(loss)
+        assert loss.dtype == torch.float64

@@ -1,0 +1,165 @@
+"""Saving, loading and continuing: the next step is the same to the last bit."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from neuclip import OBJECTIVES, Objective, RunShape, make_objective
+from neuclip.objectives.neuclip import NeuCLIP
+
+from .conftest import FeatureMaker
+
+N, DIM, STEPS_PER_EPOCH = 8, 6, 4
+
+RUNS = {name: f"--objective {name}" for name in OBJECTIVES} | {
+    "neuclip, m<N": "--objective neuclip --npn_num_protos 5 --npn_restart_iter 3",
+    "neuclip, m=N": "--objective neuclip --npn_num_protos 8 --npn_restart_iter 5 --gamma_schedule cosine",
+    "neuclip, m>N": "--objective neuclip --npn_num_protos 20 --npn_restart_iter 5",
+    "neuclip, long filling": "--objective neuclip --npn_num_protos 45 --npn_restart_iter 50",
+    "neuclip, adagrad": "--objective neuclip --npn_num_protos 20 --npn_optimizer adagrad --npn_lr 0.1 --npn_wd 0.01",
+    "neuclip, printed": "--objective neuclip --npn_num_protos 20 --npn_restart_iter 0 --gamma 0",
+}
+
+
+def make(flags: str, batch_size: int = N) -> Objective:
+    return make_objective(f"{flags} --data_size 1000", RunShape(DIM, batch_size, 1, STEPS_PER_EPOCH, 3))
+
+
+def train(objective: Objective, steps: range, features: FeatureMaker, size: int = N) -> list[Tensor]:
+    """Losses and gradients of some steps of a run; step s always sees the same batch."""
+    found = []
+    for step in steps:
+        if step % STEPS_PER_EPOCH == 0:
+            objective.start_epoch(step // STEPS_PER_EPOCH)
+        images, texts = features(step, size, DIM, dtype=torch.float32)
+        scale = torch.tensor(10.0 + step, requires_grad=True)
+        bias = None if objective.initial_logit_bias is None else torch.tensor(-4.0)
+        keys = torch.arange(size) + (step % 3) * size
+        loss = objective(images, texts, scale, bias, keys).loss
+        found += [loss.detach(), *torch.autograd.grad(loss, (images, texts, scale))]
+    return found
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def assert_same_state(a: dict[str, Any], b: dict[str, Any]) -> None:
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        if isinstance(value, Tensor):
+            assert torch.equal(value, b[name]), name
+        else:
+            assert value == b[name], name
+
+
+@pytest.mark.parametrize("saved_after", [1, 2, 5, 6])
+@pytest.mark.parametrize("run", RUNS)
+def test_a_loaded_objective_continues_to_the_last_bit(run: str, saved_after: int, features: FeatureMaker) -> None:
+    original = make(RUNS[run])
+    train(original, range(saved_after), features)
+    saved = through_a_file(original.state_dict())
+    loaded = make(RUNS[run])
+    loaded.load_state_dict(saved)
+    assert_same_state(loaded.state_dict(), saved)
+    assert (loaded.step, loaded.epoch) == (saved_after, (saved_after - 1) // STEPS_PER_EPOCH)
+
+    following = range(saved_after, saved_after + 4)
+    for expected, value in zip(train(original, following, features), train(loaded, following, features)):
+        assert torch.equal(expected, value)
+    assert_same_state(loaded.state_dict(), original.state_dict())
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_loading_leaves_the_loaded_state_alone(run: str, features: FeatureMaker) -> None:
+    """Two objectives from one checkpoint, or one that is loaded twice, share no memory with it."""
+    original = make(RUNS[run])
+    train(original, range(3), features)
+    saved, untouched = through_a_file(original.state_dict()), through_a_file(original.state_dict())
+    loaded = make(RUNS[run])
+    loaded.load_state_dict(saved)
+    train(loaded, range(3, 6), features)
+    assert_same_state(saved, untouched)
+
+
+def test_the_states_that_are_saved_cover_filling_and_full(features: FeatureMaker) -> None:
+    """Guards the cases above: m > N is saved while it fills and when full."""
+    filling = {}
+    for run in ("neuclip, m>N", "neuclip, long filling"):
+        for saved_after in (1, 2, 5, 6):
+            objective = make(RUNS[run])
+            train(objective, range(saved_after), features)
+            assert isinstance(objective, NeuCLIP)
+            filling[run, saved_after] = objective.normalizer.filling
+    assert [filling["neuclip, m>N", saved_after] for saved_after in (1, 2, 5, 6)] == [True, True, False, False]
+    assert [filling["neuclip, long filling", saved_after] for saved_after in (1, 2, 5, 6)] == [True, True, True, False]
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 8), (8, 16), (8, 32), (32, 8), (20, 8), (8, 20)])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_another_global_batch_size_after_loading(before: int, after: int, steps: int, features: FeatureMaker) -> None:
+    """m = 20: the memory of recent features appears, stays or vanishes, the prototypes stay."""
+    flags = "--objective neuclip --npn_num_protos 20 --npn_restart_iter 6 --npn_repetition 2"
+    original = make(flags, before)
+    train(original, range(steps), features, before)
+    saved = through_a_file(original.state_dict())
+    loaded = make(flags, after)
+    loaded.load_state_dict(saved)
+    assert isinstance(original, NeuCLIP)
+    assert isinstance(loaded, NeuCLIP)
+    assert torch.equal(loaded.normalizer.prototypes, original.normalizer.prototypes)
+    assert loaded.normalizer.active == original.normalizer.active == min(20, before * steps)
+    assert loaded.step == steps
+
+    accumulator = saved["normalizer.optimizer.accumulator"]
+    assert torch.equal(loaded.normalizer.optimizer.accumulator, accumulator)
+    for step in range(steps, 14):
+        assert all(torch.isfinite(x).all() for x in train(loaded, range(step, step + 1), features, after))
+        norms = loaded.normalizer.prototypes[:, : loaded.normalizer.active].norm(dim=2)
+        torch.testing.assert_close(norms, torch.ones_like(norms))
+    # 14 steps are more than enough to have m samples again, and a restart at step 12.
+    assert loaded.normalizer.active == 20
+
+
+def test_another_batch_size_does_not_throw_fitted_prototypes_away(features: FeatureMaker) -> None:
+    """Only a restart that is due replaces them, although the memory of recent features is empty after a change."""
+    flags = "--objective neuclip --npn_num_protos 20 --npn_restart_iter 0 --npn_repetition 0"
+    original = make(flags, 32)
+    train(original, range(2), features, 32)
+    loaded = make(flags, 8)
+    loaded.load_state_dict(through_a_file(original.state_dict()))
+    train(loaded, range(2, 5), features, 8)
+    assert isinstance(original, NeuCLIP)
+    assert isinstance(loaded, NeuCLIP)
+    assert torch.equal(loaded.normalizer.prototypes, original.normalizer.prototypes)
+
+
+def test_another_number_of_prototypes_is_refused(features: FeatureMaker) -> None:
+    original = make("--objective neuclip --npn_num_protos 20")
+    with pytest.raises(RuntimeError, match="prototypes"):
+        make("--objective neuclip --npn_num_protos 21").load_state_dict(through_a_file(original.state_dict()))
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_state_follows_the_objective_to_another_precision(run: str, features: FeatureMaker) -> None:
+    """A float32 checkpoint continues in a float64 objective: buffers are converted on loading, not replaced."""
+    original = make(RUNS[run])
+    train(original, range(3), features)
+    loaded = make(RUNS[run]).double()
+    loaded.load_state_dict(through_a_file(original.state_dict()))
+    assert all(
+        x.dtype == torch.float64
+        for x in loaded.state_dict().values()
+        if isinstance(x, Tensor) and x.is_floating_point()
+    )
+    images, texts = features(3, N, DIM)
+    bias = None if loaded.initial_logit_bias is None else torch.tensor(-4.0, dtype=torch.float64)
+    assert torch.isfinite(loaded(images, texts, torch.tensor(10.0, dtype=torch.float64), bias, torch.arange(N)).loss)
