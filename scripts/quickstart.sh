@@ -9,7 +9,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 DATA="${NEUCLIP_DATA:-data}/quickstart"
 LOGS="${NEUCLIP_LOGS:-logs}"
-EPOCHS=8
+EPOCHS=10
 
 objective=neuclip
 flags=()
@@ -44,7 +44,7 @@ began=$SECONDS
     --name "$name" --logs "$LOGS" --resume latest --objective "$objective" \
     --model quickstart --model-config src/training/model_configs/quickstart.json \
     --train-data "$DATA/train" --val-data "$DATA/test" --zeroshot-data "$DATA/zeroshot" \
-    --epochs $EPOCHS --batch-size 256 --lr 1e-3 --wd 0.1 --warmup 100 --grad-clip-norm 1.0 --beta2 0.98 --eps 1e-6 \
+    --epochs $EPOCHS --batch-size 256 --lr 1e-3 --wd 0.1 --warmup 100 --beta2 0.98 --eps 1e-6 \
     --lr_tau 2e-4 --rho 8 --npn_num_protos 2048 --npn_restart_iter 100 \
     --precision $precision --workers $workers --log-every-n-steps 20 --zeroshot-frequency 1 --save-most-recent \
     "${flags[@]}"

@@ -1,9 +1,5 @@
-"""The one exception that a user's mistake raises."""
+"""The one exception that a user's mistake raises; the same one in evaluation, whose code training calls."""
 
+from evaluation.errors import UserError
 
-class UserError(ValueError):
-    """A mistake in the flags or in the files they name, found before training starts.
-
-    The message is one line that names the flag or the file, the value it has, and the remedy, so that the entry point
-    can print it without a traceback.
-    """
+__all__ = ["UserError"]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from evaluation.csv_pairs import CsvPairs
 from evaluation.datasets import ClassificationSource, PairDataset, open_classification
 from evaluation.features import encode_images, encode_pairs, evaluating
 from evaluation.retrieval import retrieval_metrics
@@ -51,14 +52,7 @@ class Evaluator:
         self.pairs = None
         if args.val_data:
             with _naming_flag("val_data", args.val_data):
-                self.pairs = PairDataset(
-                    args.val_data,
-                    bundle.preprocess_val,
-                    bundle.tokenizer,
-                    rank=world.rank,
-                    world_size=world.size,
-                    limit=args.val_num_samples,
-                )
+                self.pairs = _open_pairs(args, bundle, world)
         self.classifications: dict[str, ClassificationSource] = {}
         for flag, prefix in _ZERO_SHOT.items():
             path = getattr(args, flag)
@@ -88,6 +82,7 @@ class Evaluator:
             self._loader(self.pairs),
             self.world.device,
             self.precision.autocast,
+            image_dtype=self.precision.input_dtype,
             world_size=self.world.size,
         )
         metrics = retrieval_metrics(images, texts, rank=self.world.rank, world_size=self.world.size)
@@ -102,7 +97,11 @@ class Evaluator:
                 self._encode_text(towers), self.tokenizer, source.class_names, source.templates, self.world.device
             )
         features, labels = encode_images(
-            towers.model, self._loader(source.dataset), self.world.device, self.precision.autocast
+            towers.model,
+            self._loader(source.dataset),
+            self.world.device,
+            self.precision.autocast,
+            image_dtype=self.precision.input_dtype,
         )
         scores = zero_shot_metrics(features, labels, head, world_size=self.world.size)
         named = {
@@ -137,6 +136,15 @@ def batched_contrastive_loss(images: Tensor, texts: Tensor, logit_scale: Tensor,
         loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
         total += loss.item() * len(image)
     return total / len(images) if len(images) else math.nan
+
+
+def _open_pairs(args: Namespace, bundle: ModelBundle, world: World) -> PairDataset:
+    transforms = (bundle.preprocess_val, bundle.tokenizer)
+    share = {"rank": world.rank, "world_size": world.size, "limit": args.val_num_samples}
+    if args.val_data.lower().endswith((".csv", ".tsv")):
+        columns = {"image_key": args.csv_img_key, "caption_key": args.csv_caption_key, "separator": args.csv_separator}
+        return CsvPairs(args.val_data, *transforms, **columns, **share)
+    return PairDataset(args.val_data, *transforms, **share)
 
 
 def _is_due(epoch: int, frequency: int) -> bool:

@@ -280,5 +280,7 @@ def _check(args: Namespace) -> None:
     for path in args.model_config:
         if not Path(path).exists():
             raise UserError(f"--model-config {path} does not exist: give a json file or a folder of them")
+    if args.resume == "latest" and args.name is None:
+        raise UserError("--resume latest looks into the run's folder: say which run by --name")
     if args.name is not None and Path(args.name).name != args.name:
         raise UserError(f"--name {args.name} must be one folder name: use --logs for the folder above it")

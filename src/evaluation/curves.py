@@ -1,0 +1,181 @@
+"""Training curves of one or more runs in one picture, from the files that training writes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # before pyplot: no window, and no need of a display
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+FIGURE_INCHES = (12.0, 8.0)
+DOTS_PER_INCH = 120
+COLORS = ("#2f6fdf", "#e4572e", "#2a9d6f", "#8e5bd0", "#c98a00", "#5b6470", "#d1478f", "#1697a6")
+LINE_STYLES = ("-", "--", ":", "-.")
+
+Record = dict[str, Any]
+
+
+def read_records(path: Path) -> list[Record]:
+    """The JSON objects of a file with one per line; none if the file is missing.
+
+    Lines that are no object are left out: a run that was killed may have written half of its last line.
+    """
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def series(records: Iterable[Record], x: str, y: str) -> tuple[list[float], list[float]]:
+    """The points of y over x, in the order of x. Where a resumed run wrote an x twice, the later value holds."""
+    points = {
+        float(record[x]): float(record[y])
+        for record in records
+        if _is_number(record.get(x)) and _is_number(record.get(y))
+    }
+    ordered = sorted(points)
+    return ordered, [points[position] for position in ordered]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value - value == 0
+
+
+def plot_curves(runs: Mapping[str, Path], path: Path) -> None:
+    """Draw loss, validation, temperature and learning rate of the runs, 1440 × 960 pixels.
+
+    Args:
+        runs: name → run folder with metrics.jsonl (step or samples, contrastive_loss or loss, global_loss, temperature,
+            lr, samples_per_second) and results.jsonl (epoch and validation metrics). What is missing is left out.
+        path: the PNG to write.
+    """
+    metrics = {name: read_records(folder / "metrics.jsonl") for name, folder in runs.items()}
+    results = {name: read_records(folder / "results.jsonl") for name, folder in runs.items()}
+    with plt.rc_context(_STYLE):
+        figure, panels = plt.subplots(2, 2, figsize=FIGURE_INCHES, layout=_LAYOUT)
+        _plot_loss(panels[0, 0], metrics)
+        _plot_validation(panels[0, 1], results)
+        _plot_training(panels[1, 0], metrics, ("temperature",), "temperature τ")
+        _plot_training(panels[1, 1], metrics, ("lr",), "learning rate")
+        for panel in panels.flat:
+            _finish(panel)
+        figure.savefig(path, dpi=DOTS_PER_INCH)
+        plt.close(figure)
+
+
+_LAYOUT = ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.14, wspace=0.02, hspace=0.02)  # inches, and shares of a panel
+
+_STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#b6bcc6",
+    "axes.grid": True,
+    "grid.color": "#e8eaee",
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlesize": 11,
+    "xtick.color": "#5b6470",
+    "ytick.color": "#5b6470",
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+}
+
+
+def _x_key(metrics: Mapping[str, Sequence[Record]]) -> str:
+    """Samples where every run has them, else steps: runs of different batch sizes compare by samples."""
+    written = [records for records in metrics.values() if records]
+    return "samples" if all(any("samples" in record for record in records) for records in written) else "step"
+
+
+def _plot_loss(panel: Axes, metrics: Mapping[str, Sequence[Record]]) -> None:
+    # The number whose gradient a global objective takes is a surrogate; the contrastive loss compares across objectives.
+    _plot_training(panel, metrics, ("contrastive_loss", "loss"), "mini-batch contrastive loss", with_speed=True)
+    x = _x_key(metrics)
+    for color, records in zip(_cycle(COLORS), metrics.values()):
+        points = series(records, x, "global_loss")
+        if points[0]:
+            panel.plot(*points, color=color, linestyle=":", linewidth=1.1, label="estimated global loss")
+
+
+def _plot_training(
+    panel: Axes, metrics: Mapping[str, Sequence[Record]], keys: Sequence[str], title: str, with_speed: bool = False
+) -> None:
+    """One line per run: the first of `keys` that the run has; the legend may tell the run's median throughput."""
+    x = _x_key(metrics)
+    panel.set_title(title)
+    panel.set_xlabel({"samples": "samples seen", "step": "steps"}[x])
+    for color, (name, records) in zip(_cycle(COLORS), metrics.items()):
+        key = next((key for key in keys if any(key in record for record in records)), None)
+        if key is None:
+            continue
+        label = name if key == keys[0] else f"{name} ({key})"
+        speeds = series(records, x, "samples_per_second")[1]
+        if with_speed and speeds:
+            label += f" – {median(speeds):,.0f} samples/s"
+        panel.plot(*series(records, x, key), color=color, label=label)
+        if x == "samples":
+            panel.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+
+
+def _plot_validation(panel: Axes, results: Mapping[str, Sequence[Record]]) -> None:
+    """R@1 and top-1 of every run over epochs: a colour for the run, a line style for the metric."""
+    panel.set_title("held-out accuracy, %")
+    panel.set_xlabel("epoch")
+    names = sorted({key for records in results.values() for record in records for key in record if _is_headline(key)})
+    for color, (run, records) in zip(_cycle(COLORS), results.items()):
+        for style, name in zip(_cycle(LINE_STYLES), names):
+            epochs, values = series(records, "epoch", name)
+            if epochs:
+                label = _metric_label(name) if len(results) == 1 else f"{run}, {_metric_label(name)}"
+                percent = [100 * value for value in values]
+                panel.plot(epochs, percent, color=color, linestyle=style, marker="o", markersize=3.5, label=label)
+    panel.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+
+
+def _is_headline(name: str) -> bool:
+    same_caption = "same_caption" in name
+    return not same_caption and bool(re.search(r"(image_to_text|text_to_image)_R@1$|top-?1$|acc1$", name))
+
+
+def _metric_label(name: str) -> str:
+    label = (
+        name.rsplit("/", 1)[-1].replace("image_to_text_", "image → text ").replace("text_to_image_", "text → image ")
+    )
+    match = re.fullmatch(r"(?:(\w+)-)?(?:zeroshot-val-)?(?:top-?1|acc1)", label)
+    return f"{match[1] or ''} zero-shot top-1".strip() if match else label
+
+
+def _cycle(values: Sequence[str]) -> Iterable[str]:
+    while True:
+        yield from values
+
+
+def _finish(panel: Axes) -> None:
+    lines = panel.get_lines()
+    if lines:
+        # One legend entry per label: runs share the label of their estimated global loss.
+        entries = {str(line.get_label()): line for line in reversed(lines)}
+        panel.legend(list(entries.values())[::-1], list(entries)[::-1], fontsize=8.5)
+        return
+    panel.text(0.5, 0.5, "not recorded", transform=panel.transAxes, ha="center", va="center", color="#9aa1ac")
+    panel.set_xticks([])
+    panel.set_yticks([])

@@ -1,0 +1,218 @@
+"""A training run's folder: its parameters, its checkpoints, and the model in one of them."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import open_clip
+import torch
+from torch import Tensor
+
+from evaluation.errors import UserError
+from evaluation.features import DualEncoder
+
+# Parameters of a run that change the model or its preprocessing, by their names in open_clip.
+MODEL_PARAMETERS = (
+    "force_quick_gelu",
+    "force_custom_text",
+    "force_patch_dropout",
+    "force_image_size",
+    "force_context_length",
+    "image_mean",
+    "image_std",
+    "image_interpolation",
+    "image_resize_mode",
+)
+
+
+class Checkpoint(NamedTuple):
+    """One checkpoint file: its path, and which epoch (or else which iteration) it was saved after, if its name or its
+    content says."""
+
+    path: Path
+    epoch: int | None = None
+    iteration: int | None = None
+
+    def sha256(self) -> str:
+        """The digest of the file, in hexadecimal."""
+        digest = hashlib.sha256()
+        with self.path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    @property
+    def label(self) -> str:
+        """`epoch 3`, `iteration 5000`, or the file's name."""
+        if self.epoch is not None:
+            return f"epoch {self.epoch}"
+        return f"iteration {self.iteration}" if self.iteration is not None else self.path.name
+
+
+class LoadedModel(NamedTuple):
+    """What open_clip needs to be used: the model in evaluation mode, the image transform, the tokenizer."""
+
+    model: DualEncoder
+    preprocess_val: Callable[[Any], Tensor]
+    tokenizer: Callable[[list[str]], Tensor]
+
+
+class RunFolder:
+    """The folder that a training run wrote.
+
+    Args:
+        path: the folder, with params.txt (lines `name: value`) and checkpoints/ (epoch_N.pt, iter_S.pt, epoch_latest.pt).
+
+    Attributes:
+        path: the folder.
+        params: the run's parameters; numbers, booleans, None, lists and tuples are parsed, everything else stays text.
+
+    Raises:
+        UserError: if the folder or its params.txt is missing.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        file = self.path / "params.txt"
+        if not self.path.is_dir():
+            raise UserError(f"run folder {self.path} does not exist; give the folder that training wrote, logs/NAME.")
+        if not file.is_file():
+            raise UserError(f"{file} is missing: {self.path} is not the folder of a run; give logs/NAME.")
+        self.params = parse_params(file.read_text(encoding="utf-8"))
+
+    @property
+    def name(self) -> str:
+        """The name of the run, which is its folder's name."""
+        return self.path.resolve().name
+
+    @property
+    def objective(self) -> str:
+        """The objective the run was trained with, as params.txt calls it; empty if it does not say."""
+        return str(self.params.get("objective") or "")
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """The checkpoints by name: epochs in order, then iterations in order. epoch_latest.pt is not among them."""
+        epochs, iterations = [], []
+        for path in (self.path / "checkpoints").glob("*.pt"):
+            match = re.fullmatch(r"(epoch|iter)_(\d+)\.pt", path.name)
+            if match and match[1] == "epoch":
+                epochs.append(Checkpoint(path, epoch=int(match[2])))
+            elif match:
+                iterations.append(Checkpoint(path, iteration=int(match[2])))
+        return sorted(epochs, key=lambda c: c.epoch or 0) + sorted(iterations, key=lambda c: c.iteration or 0)
+
+    def checkpoint(self, epoch: int | None = None, iteration: int | None = None) -> Checkpoint:
+        """Find one checkpoint; never another one than asked for.
+
+        Args:
+            epoch: the epoch N of epoch_N.pt.
+            iteration: the step S of iter_S.pt. With neither, the newest by epoch: the last epoch_N.pt, or epoch_latest.pt
+                where that is further on; the last iter_S.pt if there is no other.
+
+        Raises:
+            UserError: if it is not there, with what is there instead; if both an epoch and an iteration are given.
+        """
+        if epoch is not None and iteration is not None:
+            raise UserError(f"epoch {epoch} and iteration {iteration} were both asked for; give one of them.")
+        available = self.checkpoints()
+        if epoch is None and iteration is None:
+            return self._newest(available)
+        for checkpoint in available:
+            if (checkpoint.epoch, checkpoint.iteration) == (epoch, iteration):
+                return checkpoint
+        wanted = f"epoch_{epoch}.pt" if epoch is not None else f"iter_{iteration}.pt"
+        raise UserError(f"{self.path}/checkpoints has no {wanted}; there is: {self._listing(available)}.")
+
+    def load_model(
+        self,
+        epoch: int | None = None,
+        iteration: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> LoadedModel:
+        """Build the run's model with open_clip and load a checkpoint into it (weights only: nothing is unpickled).
+
+        Model configurations in the folder's model_configs/ are registered first. Parameters that change the model
+        (force_image_size and its like) are honoured. Weights are float32.
+
+        Args:
+            epoch, iteration: which checkpoint, as in `checkpoint`.
+            device: where the model is put.
+
+        Raises:
+            UserError: for a missing checkpoint, an unknown architecture, or weights that do not fit it.
+        """
+        checkpoint = self.checkpoint(epoch, iteration)
+        architecture = self.params.get("model")
+        # open_clip keeps one registry by name, and the last entry wins: register again each time, as another run's
+        # configuration of the same name may have come in between.
+        for config in sorted((self.path / "model_configs").glob("*.json")):
+            open_clip.add_model_config(config)
+        if not architecture or str(architecture).replace("/", "-") not in open_clip.list_models():
+            configs = self.path / "model_configs"
+            raise UserError(
+                f"params.txt says model: {architecture}, unknown to open_clip; put its JSON into {configs}."
+            )
+        options = {name: self.params[name] for name in MODEL_PARAMETERS if self.params.get(name) is not None}
+        try:
+            model, _, preprocess_val = open_clip.create_model_and_transforms(
+                architecture, pretrained=str(checkpoint.path), device=device, **options
+            )
+        except Exception as error:  # a damaged file makes torch raise nearly anything
+            reason = _one_line(error)
+            raise UserError(f"{checkpoint.path} does not load into model {architecture} ({reason}).") from error
+        context_length = self.params.get("force_context_length")
+        tokenizer = open_clip.get_tokenizer(architecture, context_length=context_length)
+        return LoadedModel(model.eval(), preprocess_val, tokenizer)
+
+    def _newest(self, available: list[Checkpoint]) -> Checkpoint:
+        epochs = [checkpoint for checkpoint in available if checkpoint.epoch is not None]
+        latest = self.path / "checkpoints" / "epoch_latest.pt"
+        if latest.is_file():
+            reached = _stored_epoch(latest)
+            if not epochs or reached is None or reached > (epochs[-1].epoch or 0):
+                return Checkpoint(latest, epoch=reached)
+        if not available:
+            raise UserError(
+                f"{self.path}/checkpoints holds no checkpoint; train with --save-frequency 1 or wait for one."
+            )
+        return epochs[-1] if epochs else available[-1]
+
+    def _listing(self, available: list[Checkpoint]) -> str:
+        names = [checkpoint.path.name for checkpoint in available]
+        if (self.path / "checkpoints" / "epoch_latest.pt").is_file():
+            names.append("epoch_latest.pt")
+        return ", ".join(names) or "nothing"
+
+
+def _stored_epoch(path: Path) -> int | None:
+    """The epoch a checkpoint says it was saved after; the weights stay on the disk."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise UserError(f"{path} cannot be read ({_one_line(error)}); ask for another epoch or remove it.") from error
+    epoch = content.get("epoch") if isinstance(content, dict) else None
+    return epoch if isinstance(epoch, int) else None
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or "no reason given"
+    return f"{type(error).__name__}: {text[:240]}"
+
+
+def parse_params(text: str) -> dict[str, Any]:
+    """Lines `name: value` → a dict; values that are Python literals (numbers, None, True, lists) are parsed."""
+    params: dict[str, Any] = {}
+    for line in text.splitlines():
+        name, separator, value = line.partition(":")
+        if not separator or not re.fullmatch(r"\w[\w.-]*", name.strip()):
+            continue
+        try:
+            params[name.strip()] = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            params[name.strip()] = value.strip()
+    return params
