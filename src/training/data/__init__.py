@@ -1,0 +1,13 @@
+"""Training data: shards, csv files or synthetic samples as batches, the same number on every rank.
+
+The parts, in the order data goes through them: config (flags), shards and sizes (what there is), plan (who reads
+what), read and tables (raw samples), samples (one sample), stream (batches, in a worker process), loader (the whole).
+Beside them: preflight (checks before training) and index (the command that writes sizes.json).
+"""
+
+from training.data.config import Batch, DataConfig
+from training.data.loader import TrainLoader, build_train_loader
+from training.data.preflight import check_train_data
+from training.data.stream import NoUsableSamplesError
+
+__all__ = ["Batch", "DataConfig", "NoUsableSamplesError", "TrainLoader", "build_train_loader", "check_train_data"]

@@ -1,0 +1,208 @@
+"""Who reads what: pure functions of (seed, epoch, rank, worker) that open no file.
+
+A consumer is one worker of one rank. Steps of a rank go round its workers, so worker w delivers steps w, w + W, …;
+how many that is does not depend on the data. Three orders say which samples a consumer draws them from:
+
+- ExactOrder, sizes known: the samples of all shards in a permuted row, one range of the row for each consumer.
+- DealtOrder, sizes unknown: permuted shards dealt to consumers; of a shared shard, every m-th sample.
+- DrawnOrder: shards drawn with replacement.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from training.data.config import DataConfig
+from training.data.seeds import Purpose, derive_seed
+from training.data.shards import Shard
+from training.errors import UserError
+
+# A consumer whose own part yields nothing looks at this many other shards before it gives up.
+SPARE_SHARDS = 64
+
+
+class Place(NamedTuple):
+    """One consumer in one epoch."""
+
+    epoch: int
+    rank: int
+    worker: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The numbers that divide an epoch: the same on every rank.
+
+    steps: batches of each rank in an epoch. batch_size: samples of one rank's batch. workers: at least 1.
+    """
+
+    steps: int
+    batch_size: int
+    world_size: int
+    workers: int
+    seed: int
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch over all ranks."""
+        return self.steps * self.batch_size * self.world_size
+
+    def worker_steps(self, worker: int) -> int:
+        """Batches that one worker delivers; over the workers of a rank they differ by at most 1."""
+        return (self.steps - worker + self.workers - 1) // self.workers
+
+    def sample_range(self, place: Place) -> tuple[int, int]:
+        """The part [start, stop) of the epoch's num_samples that belongs to a consumer: whole batches."""
+        base, extra = divmod(self.steps, self.workers)
+        before = place.rank * self.steps + base * place.worker + min(place.worker, extra)
+        return before * self.batch_size, (before + self.worker_steps(place.worker)) * self.batch_size
+
+    def rng(self, purpose: Purpose, *parts: int) -> random.Random:
+        """A generator for `purpose`, a function of the run's seed and the given parts."""
+        return random.Random(derive_seed(purpose, self.seed, *parts))
+
+
+@dataclass(frozen=True)
+class ShardSlice:
+    """Samples start, start + step, … below stop (None: the end) of a shard, by position in the file."""
+
+    shard: Shard
+    start: int = 0
+    stop: int | None = None
+    step: int = 1
+
+
+class ShardOrder(Protocol):
+    """What a consumer reads, in which order."""
+
+    shards: Sequence[Shard]
+    layout: Layout
+
+    def slices(self, place: Place, attempt: int) -> Iterator[ShardSlice]:
+        """What to read in an epoch. attempt counts the times the consumer had to start over to fill its quota."""
+        ...
+
+
+def plan_steps(config: DataConfig, world_size: int, total: int | None) -> int:
+    """Steps of an epoch: whole global batches in the samples asked for, or in those there are.
+
+    Args:
+        config: the data flags.
+        world_size: number of ranks.
+        total: samples in the data, None when unknown.
+
+    Raises:
+        UserError: the number of samples is neither given nor known, more are asked for than there are, or they do not
+            fill one global batch.
+    """
+    wanted = config.train_num_samples
+    if wanted is None:
+        if total is None:
+            raise UserError(
+                f"--train-num-samples is missing and the sizes of the shards of --train-data {config.train_data} are "
+                "unknown: give the samples of an epoch, or run python -m training.data.index on local shards"
+            )
+        wanted = total
+    elif total is not None and wanted > total and not config.dataset_resampled:
+        raise UserError(
+            f"--train-num-samples {wanted} is more than the {total} samples of --train-data {config.train_data}: "
+            "lower it, or leave it out to use them all"
+        )
+    global_batch = config.batch_size * world_size
+    if wanted < global_batch:
+        raise UserError(
+            f"--batch-size {config.batch_size} on {world_size} ranks takes {global_batch} samples a step, but an epoch "
+            f"has {wanted}: lower --batch-size or give more data"
+        )
+    return wanted // global_batch
+
+
+class ExactOrder:
+    """Every sample at most once in an epoch, over all ranks and workers; the sizes of all shards are known."""
+
+    def __init__(self, shards: Sequence[Shard], layout: Layout) -> None:
+        """shards: all with a size; their sum is at least layout.num_samples."""
+        self.shards = shards
+        self.layout = layout
+        self.total = sum(shard.size or 0 for shard in shards)
+
+    def slices(self, place: Place, attempt: int) -> Iterator[ShardSlice]:
+        """The consumer's range of the permuted row; the same range, its parts in another order, on later attempts."""
+        rng = self.layout.rng(Purpose.EPOCH_ORDER, place.epoch)
+        order = list(self.shards)
+        rng.shuffle(order)
+        # The row is a ring entered anywhere: with few shards too, other samples are left over each epoch and other
+        # ones meet in a worker.
+        entry = rng.randrange(self.total)
+        start, stop = (entry + at for at in self.layout.sample_range(place))
+        ends = list(itertools.accumulate(shard.size or 0 for shard in order))
+        parts = []
+        for low, high in ((start, min(stop, self.total)), (max(start - self.total, 0), stop - self.total)):
+            parts.extend(_cut(order, ends, low, high))
+        if attempt:
+            self.layout.rng(Purpose.OWN_SHARDS, *place, attempt).shuffle(parts)
+        return iter(parts)
+
+
+def _cut(order: Sequence[Shard], ends: Sequence[int], low: int, high: int) -> Iterator[ShardSlice]:
+    """The slices that make up [low, high) of the shards laid end to end; ends are the cumulated sizes."""
+    index = bisect_right(ends, low)
+    while low < high:
+        begin = ends[index] - (order[index].size or 0)
+        stop = min(high, ends[index])
+        if stop > low:
+            yield ShardSlice(order[index], low - begin, stop - begin)
+        low = stop
+        index += 1
+
+
+class DealtOrder:
+    """Shards of unknown size, each read by one consumer, or shared sample by sample when there are too few."""
+
+    def __init__(self, shards: Sequence[Shard], layout: Layout) -> None:
+        self.shards = shards
+        self.layout = layout
+
+    def slices(self, place: Place, attempt: int) -> Iterator[ShardSlice]:
+        """The consumer's shards of this epoch; the same ones in another order on later attempts."""
+        order = list(self.shards)
+        self.layout.rng(Purpose.EPOCH_ORDER, place.epoch).shuffle(order)
+        consumers = self.layout.world_size * self.layout.workers
+        me = place.rank * self.layout.workers + place.worker
+        if len(order) >= consumers:
+            mine = [ShardSlice(shard) for shard in order[me::consumers]]
+        else:
+            number = me % len(order)
+            sharers = len(range(number, consumers, len(order)))
+            mine = [ShardSlice(order[number], start=me // len(order), step=sharers)]
+        if attempt:
+            self.layout.rng(Purpose.OWN_SHARDS, *place, attempt).shuffle(mine)
+        return iter(mine)
+
+
+class DrawnOrder:
+    """Shards drawn with replacement, independently by every consumer."""
+
+    def __init__(self, shards: Sequence[Shard], layout: Layout, factors: Sequence[float]) -> None:
+        """factors: one per "::" source; a shard is drawn in proportion to the factor of its source."""
+        self.shards = shards
+        self.layout = layout
+        self._cumulated = list(itertools.accumulate(factors[shard.source] for shard in shards))
+
+    def slices(self, place: Place, attempt: int) -> Iterator[ShardSlice]:
+        """As many draws that, were only one shard sound, it would hardly be missed; further attempts draw on."""
+        rng = self.layout.rng(Purpose.DRAWN_SHARDS, *place, attempt)
+        for _ in range(20 + 2 * len(self.shards)):
+            yield ShardSlice(rng.choices(self.shards, cum_weights=self._cumulated)[0])
+
+
+def spare_slices(order: ShardOrder, place: Place, attempt: int) -> Iterator[ShardSlice]:
+    """Whole shards from anywhere in the data, for a consumer whose own part yields no sample."""
+    rng = order.layout.rng(Purpose.SPARE_SHARDS, *place, attempt)
+    for shard in rng.sample(list(order.shards), min(SPARE_SHARDS, len(order.shards))):
+        yield ShardSlice(shard)

@@ -1,0 +1,107 @@
+"""Finds mistakes in the data and its flags within seconds, before a model is built."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from training.data.config import DataConfig, check_flags, parse_factors, resolve_dataset_type
+from training.data.plan import ShardSlice, plan_steps
+from training.data.read import read_groups
+from training.data.samples import IMAGE_SUFFIXES, from_members, parse_key
+from training.data.shards import READER_THREADS, Shard, expand_sources, local_path
+from training.data.sizes import find_sizes
+from training.data.tables import SYNTHETIC_STEPS, CsvRows, read_csv
+from training.data.tar_headers import check_first_header
+from training.errors import UserError
+
+CHECKED_SHARDS = 2000
+# One odd sample at the start of a source is skipped in training too; this many in a row are its form.
+CHECKED_SAMPLES = 8
+
+
+def check_train_data(config: DataConfig, world_size: int = 1) -> None:
+    """Checks flags and data; on one rank or on all.
+
+    Local shards must exist and begin as tar files (of more than 2000, 2000 spread over them are looked into). Of each
+    "::" source the first samples are read, one shard of it opened for that even where it is remote.
+
+    Args:
+        config: the data flags.
+        world_size: number of ranks, by which an epoch must hold a whole global batch.
+
+    Raises:
+        UserError: the first mistake found.
+    """
+    check_flags(config)
+    kind = resolve_dataset_type(config)
+    if kind == "webdataset":
+        _check_shards(config, world_size)
+    elif kind == "csv":
+        rows = read_csv(config)
+        plan_steps(config, world_size, len(rows))
+        _check_first_rows(config, rows)
+    else:
+        plan_steps(config, world_size, config.train_num_samples or SYNTHETIC_STEPS * config.batch_size * world_size)
+
+
+def _check_shards(config: DataConfig, world_size: int) -> None:
+    sources = expand_sources(config.train_data or "")
+    parse_factors(config, len(sources))
+    _check_headers([url for urls in sources for url in urls])
+    for urls in sources:
+        _check_first_samples(config, urls)
+    total = None if config.dataset_resampled else find_sizes(sources).total
+    plan_steps(config, world_size, total)
+
+
+def _check_headers(urls: Sequence[str]) -> None:
+    paths = [path for path in map(local_path, urls) if path is not None]
+    number = min(len(paths), CHECKED_SHARDS)
+    chosen = [paths[index * len(paths) // number] for index in range(number)]
+    with ThreadPoolExecutor(READER_THREADS) as pool:
+        problems = list(pool.map(check_first_header, chosen))
+    bad = [(path, problem) for path, problem in zip(chosen, problems) if problem is not None]
+    if bad:
+        path, problem = bad[0]
+        raise UserError(
+            f"--train-data: {path} is not a tar file ({problem}), as {len(bad)} of the {len(chosen)} shards looked "
+            "into: fetch it again or leave it out"
+        )
+
+
+def _check_first_samples(config: DataConfig, urls: Sequence[str]) -> None:
+    """Checks that among the first samples of a source one has all that is needed."""
+    problems: list[str] = []
+    for url in urls[:CHECKED_SAMPLES]:
+        part = ShardSlice(Shard(url, 0), stop=CHECKED_SAMPLES)
+        groups = list(read_groups(part, lambda _url, problem: problems.append(problem)))
+        if groups:
+            break
+    else:
+        # A shard shorter than the slice asks for is no problem, one that has no sample at all is.
+        why = f" ({problems[0]})" if problems else ""
+        raise UserError(f"--train-data: {urls[0]} yields no sample{why}; correct the path or fetch it again")
+    samples = [from_members(members) for members in groups]
+    suffixes = sorted({suffix for members in groups for suffix in members if not suffix.startswith("__")})
+    there = f"the first samples of {url} hold {', '.join('.' + suffix for suffix in suffixes) or 'nothing'}"
+    if not any(sample.image for sample in samples):
+        names = ", ".join("." + suffix for suffix in IMAGE_SUFFIXES)
+        raise UserError(f"--train-data: no image, {there}; a sample needs one file named {names}")
+    if not any(sample.caption is not None for sample in samples):
+        raise UserError(f"--train-data: no caption, {there}; a sample needs a .txt with its caption in utf-8")
+    if config.needs_keys and all(parse_key(sample.key) is None for sample in samples):
+        raise UserError(
+            f"--train-data: the objective keeps state per sample and needs integer keys, {there}, no .json with "
+            '{"key": 17} or {"key": "000017"} among them; number the samples, or choose an objective without such state'
+        )
+
+
+def _check_first_rows(config: DataConfig, rows: CsvRows) -> None:
+    first = [rows.sample(index).image for index in range(min(len(rows), CHECKED_SAMPLES))]
+    if not any(isinstance(path, str) and os.path.isfile(path) for path in first):
+        raise UserError(
+            f"--train-data {config.train_data}: the first images do not exist, such as {first[0]!r} in column "
+            f"{config.csv_img_key!r}; relative paths start at the working directory, {os.getcwd()}"
+        )

@@ -1,0 +1,121 @@
+"""Who reads what, without reading anything."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+
+from training.data.config import DataConfig
+from training.data.plan import DealtOrder, DrawnOrder, ExactOrder, Layout, Place, ShardSlice, plan_steps
+from training.data.shards import Shard
+from training.errors import UserError
+
+
+def positions(parts: list[ShardSlice], size: int | None = None) -> list[tuple[str, int]]:
+    return [
+        (part.shard.url, position)
+        for part in parts
+        for position in range(part.start, size if part.stop is None else part.stop, part.step)
+    ]
+
+
+def places(layout: Layout, epoch: int) -> list[Place]:
+    return [Place(epoch, rank, worker) for rank in range(layout.world_size) for worker in range(layout.workers)]
+
+
+@pytest.mark.parametrize("trial", range(60))
+def test_exact_order_divides_the_data(trial: int) -> None:
+    rng = random.Random(trial)
+    shards = [Shard(str(i), 0, rng.choice([0, 1, 3, 10, 40])) for i in range(rng.randint(1, 9))]
+    shards.append(Shard("last", 0, 37))
+    total = sum(shard.size or 0 for shard in shards)
+    batch, world, workers = rng.randint(1, 5), rng.randint(1, 4), rng.randint(1, 4)
+    layout = Layout(total // (batch * world), batch, world, workers, seed=trial)
+    order = ExactOrder(shards, layout)
+    steps_of_rank = Counter()
+    seen: list[tuple[str, int]] = []
+    for place in places(layout, epoch=trial):
+        part = positions(list(order.slices(place, 0)))
+        assert len(part) == batch * layout.worker_steps(place.worker)
+        assert sorted(positions(list(order.slices(place, 1)))) == sorted(part)
+        steps_of_rank[place.rank] += layout.worker_steps(place.worker)
+        seen += part
+    assert set(steps_of_rank.values()) == {layout.steps}
+    assert len(seen) == len(set(seen)) == layout.num_samples
+    assert 0 <= total - len(seen) < batch * world
+    assert all(position < (shards[-1].size if url == "last" else shards[int(url)].size) for url, position in seen)
+    quotas = [layout.worker_steps(worker) for worker in range(workers)]
+    assert max(quotas) - min(quotas) <= 1
+
+
+def test_one_shard_leaves_out_other_samples_each_epoch() -> None:
+    layout = Layout(steps=3, batch_size=3, world_size=1, workers=1, seed=0)
+    order = ExactOrder([Shard("a", 0, 10)], layout)
+    used = [frozenset(positions(list(order.slices(Place(epoch, 0, 0), 0)))) for epoch in range(12)]
+    assert len(set(used)) > 3
+
+
+@pytest.mark.parametrize(("shards", "world", "workers"), [(9, 2, 2), (4, 2, 2), (3, 2, 2), (1, 3, 2), (5, 4, 3)])
+def test_dealt_order_covers_all_shards_once(shards: int, world: int, workers: int) -> None:
+    layout = Layout(1, 1, world, workers, seed=3)
+    order = DealtOrder([Shard(str(i), 0) for i in range(shards)], layout)
+    parts = [positions(list(order.slices(place, 0)), size=24) for place in places(layout, 5)]
+    assert all(parts)
+    seen = [position for part in parts for position in part]
+    assert sorted(seen) == sorted((str(i), position) for i in range(shards) for position in range(24))
+
+
+def test_dealt_order_changes_between_epochs_and_starts_over_on_its_own() -> None:
+    layout = Layout(1, 1, 1, 2, seed=3)
+    order = DealtOrder([Shard(str(i), 0) for i in range(20)], layout)
+    first, second = ([part.shard.url for part in order.slices(Place(epoch, 0, 0), 0)] for epoch in (0, 1))
+    again = [part.shard.url for part in order.slices(Place(0, 0, 0), 1)]
+    assert set(first) != set(second)
+    assert set(again) == set(first)
+    assert again != first
+
+
+def test_drawn_order_follows_the_factors_per_shard() -> None:
+    # As in open_clip, a factor multiplies the draws of each shard of its source: 1 x 6 shards against 4 x 2 shards.
+    shards = [Shard(f"a{i}", 0) for i in range(6)] + [Shard(f"b{i}", 1) for i in range(2)]
+    layout = Layout(1, 1, 2, 2, seed=1)
+    order = DrawnOrder(shards, layout, [1.0, 4.0])
+    drawn = Counter(
+        part.shard.url for epoch in range(40) for place in places(layout, epoch) for part in order.slices(place, 0)
+    )
+    assert drawn.total() > 4000
+    for shard in shards:
+        expected = (1, 4)[shard.source] / 14
+        assert drawn[shard.url] / drawn.total() == pytest.approx(expected, rel=0.2)
+
+
+def test_drawn_order_is_independent_of_other_consumers() -> None:
+    shards = [Shard(str(i), 0) for i in range(50)]
+    layout = Layout(1, 1, 2, 2, seed=1)
+    order = DrawnOrder(shards, layout, [1.0])
+    draws = [tuple(part.shard.url for part in order.slices(place, 0)) for e in (0, 1) for place in places(layout, e)]
+    assert len(set(draws)) == len(draws) == 8
+    assert draws[0] == tuple(part.shard.url for part in order.slices(Place(0, 0, 0), 0))
+
+
+@pytest.mark.parametrize(
+    ("asked", "total", "message"),
+    [
+        (None, None, "--train-num-samples is missing"),
+        (101, 100, "more than the 100 samples"),
+        (None, 15, "--batch-size 4 on 4 ranks takes 16"),
+        (15, None, "--batch-size 4 on 4 ranks takes 16"),
+    ],
+)
+def test_plan_steps_refuses(asked: int | None, total: int | None, message: str) -> None:
+    config = DataConfig("x.tar", train_num_samples=asked, batch_size=4)
+    with pytest.raises(UserError, match=message):
+        plan_steps(config, 4, total)
+
+
+def test_plan_steps_counts_whole_global_batches() -> None:
+    assert plan_steps(DataConfig("x.tar", batch_size=4), 2, 100) == 12
+    assert plan_steps(DataConfig("x.tar", batch_size=4, train_num_samples=41), 2, 100) == 5
+    assert plan_steps(DataConfig("x.tar", batch_size=4, train_num_samples=410), 2, None) == 51
