@@ -1,0 +1,123 @@
+"""Tables, curves and the gallery, on results made up for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from evaluation.curves import plot_curves, read_records, series
+from evaluation.gallery import MATCH, Hit, Query, draw_gallery, gallery_size, is_match, nearest_images
+from evaluation.report import Result, markdown, table_rows, terminal_table, write_report
+
+NAME = "retrieval/image_to_text_"
+
+
+def result(run: str, recall: float, rank: float, **metrics: float | None) -> Result:
+    """A result of 1,000 pairs."""
+    return Result(
+        run=run,
+        objective="neuclip",
+        model="ViT-B-32",
+        checkpoint={"file": "checkpoints/epoch_3.pt", "sha256": "0123456789abcdef", "epoch": 3, "iteration": None},
+        data={"pairs": "test.tar", "zeroshot": None},
+        metrics={f"{NAME}R@1": recall, f"{NAME}mean_rank": rank, "zeroshot/top5": None, **metrics},
+        chance={f"{NAME}R@1": 0.001, f"{NAME}mean_rank": 500.5, "zeroshot/top5": None},
+        counts={"pairs": 1000, "distinct_captions": 990},
+    )
+
+
+def test_table_of_one_run() -> None:
+    rows = table_rows([result("a", 0.0725, 91.0)])
+    assert [(row.metric, row.values, row.chance, row.factor) for row in rows] == [
+        ("image → text R@1", ["7.25 %"], "0.10 %", "72.5×"),
+        ("image → text mean rank", ["91.0"], "500.5", "5.5×"),
+    ]
+    lines = terminal_table([result("a", 0.5, 1.0)]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[2].split()[-4:] == ["%", "0.10", "%", "500×"]
+
+
+def test_best_of_several_runs_is_bold() -> None:
+    page = markdown([result("a|b", 0.07, 91.0), result("c", 0.08, 99.0)])
+    assert "| metric | a\\|b | c | chance | ×chance (a\\|b) |" in page
+    assert "| image → text R@1 | 7.00 % | **8.00 %** | 0.10 % | 70.0× |" in page
+    assert "| image → text mean rank | **91.0** | 99.0 | 500.5 | 5.5× |" in page  # lower is better
+    assert "1,000 held-out pairs with 990 different captions" in page
+
+
+def test_a_run_without_a_metric_keeps_its_column() -> None:
+    with_zero_shot = result("a", 0.1, 9.0, **{"zeroshot/top1": 0.2})
+    rows = table_rows([with_zero_shot, result("b", 0.1, 9.0)])
+    assert rows[-1].values == ["20.00 %", "–"]
+    assert rows[-1].factor == "–"
+
+
+def test_json_has_null_and_never_nan(tmp_path: Path) -> None:
+    json_path, _ = write_report(tmp_path, [result("a", 0.1, 9.0)])
+    stored = json.loads(json_path.read_text())
+    assert stored["metrics"]["zeroshot/top5"] is None
+    assert Result(**stored) == result("a", 0.1, 9.0)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_report(tmp_path, [result("a", float("nan"), 9.0)])
+
+
+def test_records_of_a_killed_and_resumed_run(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 2, "loss": 5}\n{"step": 1, "loss": 6}\n{"step": 2, "loss": 4}\n{"step": 3}\n[1]\n{"ste')
+    records = read_records(file)
+    assert len(records) == 4
+    assert series(records, "step", "loss") == ([1.0, 2.0], [6.0, 4.0])
+    assert series([{"step": 1, "loss": None}, {"step": 2, "loss": float("nan")}], "step", "loss") == ([], [])
+    assert read_records(tmp_path / "missing.jsonl") == []
+
+
+def test_curves_show_what_is_there(tmp_path: Path) -> None:
+    """An empty run and a full one can share the picture; recorded values change it."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "empty").mkdir()
+    lines = [{"step": step, "loss": 1 / step, "lr": 0.1, "temperature": 0.07} for step in range(1, 9)]
+    (tmp_path / "full" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "full" / "results.jsonl").write_text('{"epoch": 1, "zeroshot-val-top1": 0.3, "text_to_image_R@1": 0.1}')
+    plot_curves({"full": tmp_path / "full", "empty": tmp_path / "empty"}, tmp_path / "both.png")
+    plot_curves({"empty": tmp_path / "empty"}, tmp_path / "none.png")
+    with Image.open(tmp_path / "both.png") as both, Image.open(tmp_path / "none.png") as none:
+        assert both.size == none.size == (1440, 960)
+        assert (47, 111, 223) in {color for _, color in both.convert("RGB").getcolors(1 << 20)}  # the first run's blue
+        assert (47, 111, 223) not in {color for _, color in none.convert("RGB").getcolors(1 << 20)}
+
+
+def test_nearest_images_and_matches() -> None:
+    images = torch.eye(4)
+    queries = [Query("red disc", "disc"), Query("Square icon")]
+    features = torch.tensor([[0.1, 0.9, 0.2, 0.3], [0.9, 0.1, 0.2, 0.3]])
+    facts = [("square icon", "square"), ("a thing", "Disc"), ("disc icon", "disc b"), ("red disc", "")]
+    hits = nearest_images(queries, features, images, lambda i: facts[i], number=3)
+    assert [[hit.image for hit in row] for row in hits] == [[1, 3, 2], [0, 3, 2]]
+    assert [[hit.matches for hit in row] for row in hits] == [[True, True, False], [True, False, False]]
+    assert hits[0][0].similarity == pytest.approx(0.9)
+    assert len(nearest_images(queries, features, images, lambda i: facts[i])[0]) == 4
+    assert not is_match(Query("disc"), "", "")
+
+
+def test_gallery_frames_and_thumbnails(tmp_path: Path) -> None:
+    image = Image.new("RGB", (64, 32), "#123456")
+    hits = [[Hit(0, 0.5, True), Hit(1, -0.25, False)]]
+    for name, matches in (("green", True), ("plain", False)):
+        row = [[Hit(0, 0.5, matches), *hits[0][1:]]]
+        draw_gallery(
+            tmp_path / f"{name}.png", "run", "neuclip · epoch 3", [Query("word " * 60)], row, lambda i: image, 1402
+        )
+    green, plain = (Image.open(tmp_path / f"{name}.png").convert("RGB") for name in ("green", "plain"))
+    assert green.size == plain.size == gallery_size(1)
+
+    def count(page: Image.Image, color: str) -> int:
+        wanted = tuple(int(color[i : i + 2], 16) for i in (1, 3, 5))
+        return sum(number for number, found in page.getcolors(1 << 20) if found == wanted)
+
+    assert count(green, MATCH) > count(plain, MATCH) + 1000  # a frame 3 pixels wide around a tile
+    assert count(plain, "#123456") > 2 * 120 * 60  # both images, whole, at twice their size
+    assert green.getpixel((2, 2)) == (255, 255, 255)
