@@ -1,0 +1,342 @@
+"""The command line: the published one, spellings, synonyms, defaults that depend on other flags, and what is refused."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+import shlex
+from contextlib import redirect_stdout
+
+import pytest
+
+from end_to_end.published import PUBLISHED, published_flags
+from neuclip.objectives import OBJECTIVES
+from training.errors import UserError
+from training.params import build_parser, data_config, parse_args
+
+DATA = ["--dataset-type", "synthetic"]
+
+
+def test_published_command() -> None:
+    args = parse_args(published_flags())
+    expected = {
+        "objective": "neuclip",
+        "save_frequency": 1,
+        "train_data": "./data/{00000..00019}.tar",
+        "train_num_samples": 13710637,
+        "data_size": 19270000,
+        "warmup": 500,
+        "batch_size": 512,
+        "epochs": 24,
+        "stop_epochs": 24,
+        "workers": 6,
+        "model": "ViT-B-32",
+        "name": "neuclip",
+        "seed": 2026,
+        "wd": 0.2,
+        "local_loss": True,
+        "multiply_tau": True,
+        "temperature_scheme": "global_learnable",
+        "temperature": 0.07,
+        "lr": 5e-4,
+        "lr_tau": 6.25e-5,
+        "lr_tau_scheduler": "step_thresh",
+        "rho": 11.0,
+        "fastclip_eps": 1e-6,
+        "gamma": 0.42,
+        "gamma_schedule": "cosine",
+        "gamma_decay_epochs": 24.0,
+        "npn_lr": 1.0,
+        "npn_num_protos": 4096,
+        "npn_repetition": 10,
+        "npn_restart_iter": 500,
+        # not given: what the field uses
+        "precision": "amp_bf16",
+        "optimizer": "adamw",
+        "lr_scheduler": "cosine",
+        "beta1": 0.9,
+        "beta2": 0.98,
+        "eps": 1e-6,
+    }
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_published_command_needs_no_line_breaks() -> None:
+    assert vars(parse_args(shlex.split(PUBLISHED.replace("\n", " ")))) == vars(parse_args(published_flags()))
+
+
+def _flags() -> list[tuple[str, argparse.Action]]:
+    actions = [action for action in build_parser()._actions if action.dest != "help"]
+    return [(option, action) for action in actions for option in action.option_strings]
+
+
+def _words_for(action: argparse.Action) -> list[str]:
+    """A value that the flag accepts."""
+    if action.nargs == 0:
+        return []
+    if action.dest == "aug_cfg":
+        return ["use_timm=True"]
+    if action.choices:
+        return [str(next(iter(action.choices)))]
+    word = "7" if action.type in (int, float) else "word"
+    return [word] * (action.nargs if isinstance(action.nargs, int) else 1)
+
+
+@pytest.mark.parametrize(("option", "action"), [pytest.param(o, a, id=o) for o, a in _flags()])
+def test_every_flag_with_hyphens_and_underscores(
+    option: str, action: argparse.Action, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Only the spelling is looked at here, so the checks of values and combinations are left out.
+    for check in ("_check", "resolve_objective"):
+        monkeypatch.setattr(f"training.params.{check}", lambda args: None)
+    values = _words_for(action)
+    found = []
+    for spelling in {option, "--" + option[2:].replace("_", "-"), "--" + option[2:].replace("-", "_")}:
+        found.append(getattr(parse_args([spelling, *values]), action.dest))
+        if len(values) == 1:
+            found.append(getattr(parse_args([f"{spelling}={values[0]}"]), action.dest))
+    assert all(value == found[0] for value in found)
+    assert found[0] not in (None, False)
+
+
+def test_mixed_spellings_within_a_flag() -> None:
+    assert parse_args([*DATA, "--lr-tau_scheduler", "const"]).lr_tau_scheduler == "const"
+
+
+def test_values_are_left_as_they_are() -> None:
+    args = parse_args(["--train-data", "./my_data/a_b.tar", "--name=a-b_c", "--wandb-notes", "x_y-z"])
+    assert (args.train_data, args.name, args.wandb_notes) == ("./my_data/a_b.tar", "a-b_c", "x_y-z")
+
+
+def test_abbreviations_are_refused() -> None:
+    with pytest.raises((UserError, SystemExit)):
+        parse_args([*DATA, "--batch", "3"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "objective"),
+    [
+        ("", "openclip"),
+        ("--objective openclip", "openclip"),
+        ("--objective siglip", "siglip"),
+        ("--siglip", "siglip"),
+        ("--objective siglip --siglip", "siglip"),
+        ("--objective neuclip", "neuclip"),
+        ("--fastclip --npn", "neuclip"),
+        ("--npn --fastclip", "neuclip"),
+        ("--npn", "neuclip"),
+        ("--objective neuclip --fastclip", "neuclip"),
+        ("--objective neuclip --fastclip --npn", "neuclip"),
+    ],
+)
+def test_synonyms(flags: str, objective: str) -> None:
+    assert parse_args([*DATA, *flags.split()]).objective == objective
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--objective siglip --npn",
+        "--objective openclip --npn",
+        "--objective openclip --siglip",
+        "--objective neuclip --siglip",
+        "--siglip --npn",
+        "--siglip --fastclip --npn",
+        "--objective neuclip --fastclip --npn --siglip",
+    ],
+)
+def test_contradictions(flags: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        parse_args([*DATA, *flags.split()])
+    for word in flags.split():
+        if word not in ("--objective",) and word.startswith("--"):
+            assert word in str(refusal.value)
+
+
+def _help() -> str:
+    text = io.StringIO()
+    with redirect_stdout(text), pytest.raises(SystemExit) as leaving:
+        parse_args(["--help"])
+    assert leaving.value.code == 0
+    return text.getvalue()
+
+
+def _group(title: str) -> str:
+    """One group of --help: from its title to the next one."""
+    match = re.search(rf"^{re.escape(title)}:\n(.*?)(?=^\S)", _help() + "\nend", re.MULTILINE | re.DOTALL)
+    assert match, f"no group {title!r}"
+    return match.group(1)
+
+
+@pytest.mark.parametrize(
+    ("title", "flags"),
+    [
+        ("objective", ["--objective", "--fastclip", "--npn", "--siglip"]),
+        (
+            "global contrastive objectives",
+            ["--rho", "--fastclip_eps", "--gamma", "--data_size", "--temperature_scheme"],
+        ),
+        ("objective openclip", ["--local-loss", "--gather-with-grad"]),
+        ("objective siglip", ["--loss-dist-impl"]),
+        ("objective neuclip", ["--npn_num_protos", "--npn_repetition", "--npn_restart_iter", "--npn_lr"]),
+        ("data", ["--train-data", "--val-data", "--train-num-samples", "--csv-separator", "--workers"]),
+        ("model", ["--model", "--model-config", "--pretrained", "--precision", "--force-image-size", "--aug-cfg"]),
+        ("frozen towers", ["--lock-image", "--lock-text", "--lock-image-unlocked-groups"]),
+        (
+            "optimization",
+            ["--lr", "--wd", "--beta1", "--warmup", "--lr_tau", "--batch-size", "--epochs", "--optimizer"],
+        ),
+        ("run folder and checkpoints", ["--name", "--logs", "--resume", "--save-frequency", "--save-most-recent"]),
+        ("logging", ["--report-to", "--wandb-project-name", "--log-every-n-steps", "--profile", "--debug"]),
+    ],
+)
+def test_help_is_grouped(title: str, flags: list[str]) -> None:
+    group = _group(title)
+    for flag in flags:
+        assert re.search(rf"^  {flag}\b", group, re.MULTILINE), f"{flag} is not in {title}"
+
+
+@pytest.mark.parametrize("objective", list(OBJECTIVES.values()), ids=list(OBJECTIVES))
+def test_a_methods_flags_stand_in_no_other_group(objective: type) -> None:
+    parser = argparse.ArgumentParser()
+    own = parser.add_argument_group("own")
+    objective.add_arguments(own)  # type: ignore[attr-defined]
+    flags = [option for action in own._group_actions for option in action.option_strings]
+    for group in build_parser()._action_groups:
+        inside = {option for action in group._group_actions for option in action.option_strings}
+        expected = set(flags) if group.title == f"objective {objective.name}" else set()  # type: ignore[attr-defined]
+        assert inside & set(flags) == expected
+
+
+def test_every_flag_belongs_to_a_titled_group() -> None:
+    parser = build_parser()
+    assert {action.dest for action in parser._optionals._group_actions} == {"help"}
+
+
+@pytest.mark.parametrize(
+    ("model", "beta2", "eps"),
+    [("ViT-B-32", 0.98, 1e-6), ("vit_medium", 0.98, 1e-6), ("RN50", 0.999, 1e-8), ("convnext_base", 0.999, 1e-8)],
+)
+def test_defaults_by_model_name(model: str, beta2: float, eps: float) -> None:
+    args = parse_args([*DATA, "--model", model])
+    assert (args.lr, args.beta1, args.beta2, args.eps) == (5e-4, 0.9, beta2, eps)
+    args = parse_args([*DATA, "--model", model, "--lr", "1", "--beta1", "0.1", "--beta2", "0.2", "--eps", "0.3"])
+    assert (args.lr, args.beta1, args.beta2, args.eps) == (1.0, 0.1, 0.2, 0.3)
+
+
+def test_temperature_learns_as_the_model_unless_told() -> None:
+    assert parse_args([*DATA, "--lr", "0.3"]).lr_tau == 0.3
+    assert parse_args([*DATA, "--lr", "0.3", "--lr_tau", "-1"]).lr_tau == 0.3
+    assert parse_args([*DATA, "--lr", "0.3", "--lr_tau", "0.1"]).lr_tau == 0.1
+    assert parse_args([*DATA, "--lr_tau", "0"]).lr_tau == 0.0
+
+
+@pytest.mark.parametrize(("given", "stop"), [([], 8), (["--stop_epochs", "3"], 3), (["--stop_epochs", "9"], 8)])
+def test_stop_epochs(given: list[str], stop: int) -> None:
+    args = parse_args([*DATA, "--epochs", "8", *given])
+    assert (args.epochs, args.stop_epochs) == (8, stop)
+
+
+@pytest.mark.parametrize(("given", "size"), [("64", 64), ("64 96", [64, 96])])
+def test_image_size(given: str, size: object) -> None:
+    assert parse_args([*DATA, "--force-image-size", *given.split()]).force_image_size == size
+
+
+def test_augmentation_values_are_python_literals() -> None:
+    flags = ["--aug-cfg", "scale=(0.5, 1.0)", "use_timm=True", "color_jitter=0.4", "interpolation=random"]
+    expected = {"scale": (0.5, 1.0), "use_timm": True, "color_jitter": 0.4, "interpolation": "random"}
+    assert parse_args([*DATA, *flags]).aug_cfg == expected
+
+
+def test_model_config_is_repeatable(tmp_path: object) -> None:
+    folder = str(tmp_path)
+    assert parse_args([*DATA, "--model-config", folder, "--model-config", folder]).model_config == [folder, folder]
+
+
+def test_data_config_takes_over_every_field() -> None:
+    flags = {
+        "train_data": "a.tar",
+        "dataset_type": "webdataset",
+        "train_num_samples": 70,
+        "dataset_resampled": True,
+        "train_data_upsampling_factors": "1",
+        "csv_img_key": "i",
+        "csv_caption_key": "c",
+        "csv_separator": ";",
+        "workers": 3,
+        "batch_size": 5,
+        "seed": 11,
+        "shuffle_buffer": 13,
+    }
+    words = [
+        part
+        for name, value in flags.items()
+        for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
+    ]
+    assert vars(data_config(parse_args(words), needs_keys=True)) == {**flags, "needs_keys": True}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--epochs 0",
+        "--warmup -1",
+        "--save-frequency -1",
+        "--val-frequency -1",
+        "--zeroshot-frequency -1",
+        "--log-every-n-steps 0",
+        "--lr 0",
+        "--lr=-1e-3",
+        "--temperature 0",
+        "--temperature 0.001",
+        "--batch-size 0",
+        "--workers -1",
+        "--train-num-samples 0",
+        "--seed -1",
+        "--report-to tensorflow",
+        "--model-config nowhere.json",
+        "--name a/b",
+        "--name ..",
+        "--lr-scheduler const-cooldown",
+        "--train-num-samples 100 --data_size 99",
+        "--resume latest",
+        "--objective neuclip --gamma 1.5",
+        "--objective neuclip --gamma=-0.1",
+        "--objective neuclip --gamma_decay_epochs 0",
+        "--objective neuclip --fastclip_eps=-1",
+        "--objective neuclip --npn_num_protos 0",
+        "--objective neuclip --npn_repetition -1",
+        "--objective neuclip --npn_restart_iter -1",
+        "--objective neuclip --npn_lr 0",
+        "--objective neuclip --npn_wd 0.1",
+        "--objective neuclip --temperature_scheme individual_learnable",
+        "--grad-clip-norm 0",
+        "--grad-clip-norm -1",
+        "--wd -0.1",
+        "--beta2 1.0",
+        "--force-patch-dropout 1.0",
+        "--lr nan",
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(flags: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        parse_args([*DATA, *flags.split()])
+    message = str(refusal.value)
+    assert "\n" not in message
+    flag = re.split("[ =]", flags.replace("--objective neuclip ", ""))[0]
+    assert flag.replace("_", "-") in message.replace("_", "-")
+    last = re.split("[ =]", flags)[-1]
+    shown = {last, str(float(last))} if re.fullmatch(r"-?[\d.e-]+", last) else {last}
+    assert any(value in message for value in shown), message
+
+
+@pytest.mark.parametrize(
+    "flags", ["--no-such-flag 3", "--precision fp12", "--batch-size many", "stray", "--aug-cfg scale"], ids=str
+)
+def test_mistakes_that_argparse_finds_are_one_line_too(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError) as refusal:
+        parse_args([*DATA, *flags.split()])
+    assert "\n" not in str(refusal.value)
+    assert flags.split()[-1] in str(refusal.value) or flags.split()[0] in str(refusal.value)
+    assert capsys.readouterr().err == ""

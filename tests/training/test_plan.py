@@ -1,0 +1,77 @@
+"""The plan that a run prints before its first step."""
+
+from __future__ import annotations
+
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from small_training import ALONE, make_args, make_batches, make_training
+from training import plan
+from training.distributed import World
+
+
+def _plan(*flags: str, world: World = ALONE) -> dict[str, str]:
+    args = make_args("--name", "run", "--logs", "here", *flags)
+    training = make_training(args, make_batches(5, 4))
+    state = training.state
+    lines = plan.plan_lines(args, world, state.towers, state.objective, training.loader)
+    assert all("\n" not in line for line in lines)
+    width = len("samples seen")
+    assert all(line[width : width + 2] == "  " for line in lines), "the lines are aligned"
+    return {line[:width].rstrip(): line[width + 2 :] for line in lines}
+
+
+def test_rows() -> None:
+    rows = _plan("--objective", "siglip", "--epochs", "3", "--model", "ViT-B-32", "--lr", "1e-3", "--warmup", "7")
+    assert rows["run"] == "run in here"
+    assert rows["objective"] == "siglip: pairwise sigmoid loss"
+    assert rows["ranks"].startswith("1 on cpu")
+    assert rows["batch"] == "4 per rank, 4 in all"
+    assert rows["data"] == "made up"
+    assert rows["epoch"] == "5 steps, 20 samples"
+    assert rows["samples seen"] == "60 in 3 epochs, 15 steps"
+    assert rows["precision"] == "fp32"
+    assert "lr 0.001 (cosine, 7 steps of warmup)" in rows["optimizer"]
+    # 12·6 + 6 of the linear layer, 6 + 6 of the norm, 20·6 of the embedding, logit_scale, logit_bias
+    assert rows["model"] == "ViT-B-32, 212 parameters, 212 trainable"
+    for package in ("torch", "open_clip_torch", "webdataset"):
+        assert f"{package} {version(package)}" in rows["versions"]
+    assert rows["git"]
+
+
+def test_batch_over_several_ranks() -> None:
+    rows = _plan("--batch-size", "4", world=World(0, 0, 3, ALONE.device))
+    assert rows["ranks"].startswith("3 on cpu")
+    assert rows["batch"] == "4 per rank, 12 in all"
+
+
+def test_early_stop_is_told() -> None:
+    assert _plan("--epochs", "3", "--stop_epochs", "2")["samples seen"].endswith("stops after epoch 2")
+
+
+def test_temperature_tells_who_learns_it() -> None:
+    flags = ("--objective", "neuclip", "--npn_num_protos", "4")
+    assert "outer optimizer" in _plan(*flags)["temperature"]
+    assert "nobody" in _plan(*flags, "--temperature_scheme", "global_constant")["temperature"]
+
+
+def test_frozen_parameters_are_not_counted_as_trainable() -> None:
+    rows = _plan("--objective", "neuclip", "--npn_num_protos", "4", "--temperature_scheme", "global_constant")
+    assert rows["model"].endswith("211 parameters, 210 trainable")
+
+
+def test_git_revision_outside_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*command: Any, **options: Any) -> None:
+        raise subprocess.CalledProcessError(128, "git")
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    assert plan.git_revision() == "unknown"
+
+
+def test_git_revision_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert plan.git_revision() == "unknown"

@@ -1,0 +1,176 @@
+"""Where numbers go: JSON lines, tensorboard, wandb, the log."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from end_to_end.runs import read_lines
+from training.distributed import World
+from training.errors import UserError
+from training.reporting import Reporter, log_to_file, progress_bar, start_logging
+from training.run_folder import RunFolder
+
+CPU = torch.device("cpu")
+MAIN, OTHER = World(0, 0, 2, CPU), World(1, 1, 2, CPU)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    folder = RunFolder(str(tmp_path), "run")
+    folder.create()
+    return folder
+
+
+def _args(report_to: str = "") -> Namespace:
+    return Namespace(report_to=report_to, name="run", wandb_project_name="project", wandb_notes="", lr=0.1)
+
+
+def test_lines_are_json_even_of_numbers_that_are_none(folder: RunFolder) -> None:
+    reporter = Reporter(_args(), folder, MAIN)
+    reporter.training(3, {"loss": 0.5, "bad": math.nan, "worse": math.inf})
+    reporter.training(4, {"loss": 0.25})
+    reporter.evaluation(1, 4, {"top1": 0.5, "clip_val_loss": -math.inf})
+    reporter.close()
+    assert read_lines(folder.metrics) == [
+        {"step": 3, "loss": 0.5, "bad": None, "worse": None},
+        {"step": 4, "loss": 0.25},
+    ]
+    assert read_lines(folder.results) == [{"epoch": 1, "step": 4, "top1": 0.5, "clip_val_loss": None}]
+
+
+def test_a_line_is_there_as_soon_as_it_is_reported(folder: RunFolder) -> None:
+    reporter = Reporter(_args(), folder, MAIN)
+    reporter.training(1, {"loss": 0.5})
+    assert len(read_lines(folder.metrics)) == 1
+
+
+def test_other_ranks_write_nothing(folder: RunFolder) -> None:
+    reporter = Reporter(_args("tensorboard,wandb"), folder, OTHER)
+    reporter.training(1, {"loss": 0.5})
+    reporter.evaluation(1, 1, {"loss": 0.5})
+    reporter.close()
+    assert [path.name for path in folder.path.iterdir()] == ["checkpoints"]
+
+
+def test_tensorboard(folder: RunFolder) -> None:
+    reporter = Reporter(_args("tensorboard"), folder, MAIN)
+    reporter.training(1, {"loss": 0.5})
+    reporter.training(5, {"loss": 0.25})
+    reporter.evaluation(1, 5, {"top1": 0.75})
+    reporter.close()
+    events = EventAccumulator(str(folder.path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 0.5), (5, 0.25)]
+    assert [(event.step, event.value) for event in events.Scalars("val/top1")] == [(5, 0.75)]
+
+
+class FakeWandb(ModuleType):
+    """Counts what would go to wandb."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.started: list[dict[str, Any]] = []
+        self.logged: list[dict[str, Any]] = []
+        self.finished = 0
+
+    def init(self, **options: Any) -> FakeWandb:
+        """Begin."""
+        self.started.append(options)
+        return self
+
+    def log(self, values: dict[str, Any], **_: Any) -> None:
+        """One call."""
+        self.logged.append(values)
+
+    def finish(self) -> None:
+        """End."""
+        self.finished += 1
+
+
+def test_wandb_is_called_once_per_interval(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    reporter = Reporter(_args("wandb"), folder, MAIN)
+    reporter.training(1, {"loss": 0.5, "lr": 0.1})
+    reporter.training(2, {"loss": 0.4, "lr": 0.1})
+    reporter.evaluation(1, 2, {"top1": 0.5})
+    reporter.close()
+    assert fake.logged == [
+        {"train/loss": 0.5, "train/lr": 0.1, "step": 1},
+        {"train/loss": 0.4, "train/lr": 0.1, "step": 2},
+        {"val/top1": 0.5, "val/epoch": 1, "step": 2},
+    ]
+    (options,) = fake.started
+    assert (options["project"], options["name"], options["resume"]) == ("project", "run", "allow")
+    assert options["id"] == "run", "a resumed run must go on in the same place"
+    assert options["config"]["lr"] == 0.1
+    assert fake.finished == 1
+
+
+@pytest.mark.parametrize(("outlet", "module"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
+def test_absent_package_is_explained(
+    outlet: str, module: str, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=f"--report-to {outlet}.*pip install {outlet}"):
+        Reporter(_args(outlet), folder, MAIN)
+
+
+@pytest.fixture
+def root_logger() -> Iterator[logging.Logger]:
+    """The root logger, put back as it was."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield root
+    for handler in root.handlers[:]:
+        if handler not in handlers:
+            root.removeHandler(handler)
+            handler.close()
+    for handler in handlers:
+        if handler not in root.handlers:
+            root.addHandler(handler)
+    root.setLevel(level)
+
+
+@pytest.mark.parametrize(
+    ("world", "debug", "shown"),
+    [(MAIN, False, ["info", "warning"]), (MAIN, True, ["debug", "info", "warning"]), (OTHER, True, ["warning"])],
+)
+def test_console_shows_rank_0_and_warnings_of_others(
+    world: World, debug: bool, shown: list[str], root_logger: logging.Logger, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start_logging(world, debug)
+    for level in ("debug", "info", "warning"):
+        getattr(logging, level)("this is %s", level)
+    printed = capsys.readouterr().out
+    assert [level for level in ("debug", "info", "warning") if f"this is {level}" in printed] == shown
+    assert ("[rank 1]" in printed) == (world is OTHER)
+
+
+def test_log_file_takes_the_same_lines(folder: RunFolder, root_logger: logging.Logger) -> None:
+    start_logging(MAIN, debug=False)
+    log_to_file(folder.path / "out.log")
+    logging.info("τ is %.2f", 0.07)
+    logging.debug("unseen")
+    text = (folder.path / "out.log").read_text(encoding="utf-8")
+    assert "τ is 0.07" in text
+    assert "unseen" not in text
+
+
+def test_no_bar_where_output_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    for world in (MAIN, OTHER):
+        with progress_bar(world, 3, "epoch") as bar:
+            bar.update()
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
