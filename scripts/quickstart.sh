@@ -45,7 +45,7 @@ began=$SECONDS
     --model quickstart --model-config src/training/model_configs/quickstart.json \
     --train-data "$DATA/train" --val-data "$DATA/test" --zeroshot-data "$DATA/zeroshot" \
     --epochs $EPOCHS --batch-size 256 --lr 1e-3 --wd 0.1 --warmup 100 --beta2 0.98 --eps 1e-6 \
-    --lr_tau 2e-4 --rho 8 --npn_num_protos 2048 --npn_restart_iter 100 \
+    --lr_tau 2e-4 --rho 8 --npn_num_protos 1024 --npn_restart_iter 100 \
     --precision $precision --workers $workers --log-every-n-steps 20 --zeroshot-frequency 1 --save-most-recent \
     "${flags[@]}"
 say "trained in $((SECONDS - began)) s"

@@ -68,29 +68,33 @@ class TrainingState:
         Raises:
             UserError: the file is of another architecture, objective or optimizer.
         """
-        missing = {"epoch", "state_dict", "optimizer", "objective"} - checkpoint.keys()
+        saved = checkpoint.get("objective")
+        if saved is not None and saved["name"] != self.objective.name:
+            raise UserError(
+                f"--resume {path} was trained with --objective {saved['name']}, not {self.objective.name}: "
+                f"give that one, or start anew from its weights with --pretrained {path}"
+            )
+        needed = {"epoch", "step", "state_dict", "optimizer", "scaler", "objective"}
+        if self.towers.extra_logit_bias is not None:
+            needed.add("logit_bias")
+        missing = needed - checkpoint.keys()
         if missing:
             raise UserError(
                 f"--resume {path} lacks {', '.join(sorted(missing))}: it is no checkpoint of this trainer; "
                 f"to start from its weights only, use --pretrained {path}"
             )
         _check_architecture(self.towers.model, checkpoint, path, model_name)
-        saved = checkpoint["objective"]
-        if saved["name"] != self.objective.name:
-            raise UserError(
-                f"--resume {path} was trained with --objective {saved['name']}, not {self.objective.name}: "
-                f"give that one, or start anew from its weights with --pretrained {path}"
-            )
         self.towers.model.load_state_dict(checkpoint["state_dict"])
         if self.towers.extra_logit_bias is not None:
             self.towers.extra_logit_bias.data.copy_(checkpoint["logit_bias"])
         try:
-            self.objective.load_state_dict(saved["state_dict"])
+            self.objective.load_state_dict(checkpoint["objective"]["state_dict"])
             load_optimizer_state(self.optimizer, checkpoint["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"--resume {path} does not fit the present flags: {reason}") from None
-        self.scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # empty where --precision needed none
+            self.scaler.load_state_dict(checkpoint["scaler"])
         self.epoch = checkpoint["epoch"]
         self.step = checkpoint["step"]
 

@@ -64,17 +64,19 @@ class Evaluator:
 
     def __call__(self, towers: TwoTowers, epoch: int) -> dict[str, float]:
         """Metrics of the sets that are due after `epoch` completed epochs; the same on every rank, empty if none is due."""
-        last = epoch == self.args.epochs
         metrics: dict[str, float] = {}
-        if self.pairs is not None and (last or _is_due(epoch, self.args.val_frequency)):
+        if self.pairs is not None and self._is_due(epoch, self.args.val_frequency):
             metrics.update(self._validate(towers))
-        if last or _is_due(epoch, self.args.zeroshot_frequency):
+        if self._is_due(epoch, self.args.zeroshot_frequency):
             for prefix, source in self.classifications.items():
                 metrics.update(self._classify(towers, prefix, source))
         if metrics and self.world.is_main:
             shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             logging.info("evaluation after epoch %d: %s", epoch, shown)
         return metrics
+
+    def _is_due(self, epoch: int, frequency: int) -> bool:
+        return frequency > 0 and (epoch % frequency == 0 or epoch == self.args.epochs)
 
     def _validate(self, towers: TwoTowers) -> dict[str, float]:
         images, texts = encode_pairs(
@@ -145,10 +147,6 @@ def _open_pairs(args: Namespace, bundle: ModelBundle, world: World) -> PairDatas
         columns = {"image_key": args.csv_img_key, "caption_key": args.csv_caption_key, "separator": args.csv_separator}
         return CsvPairs(args.val_data, *transforms, **columns, **share)
     return PairDataset(args.val_data, *transforms, **share)
-
-
-def _is_due(epoch: int, frequency: int) -> bool:
-    return frequency > 0 and epoch % frequency == 0
 
 
 @contextmanager

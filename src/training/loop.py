@@ -83,7 +83,7 @@ def train_one_epoch(training: Training, epoch: int) -> None:
     steps = training.loader.steps_per_epoch
     interval = Interval()
     bar = progress_bar(training.world, steps, f"epoch {epoch + 1}/{args.epochs}")
-    with bar, _profiler(args, training.world, epoch) as profiler:
+    with bar, _profiler(args, training.world, epoch, steps) as profiler:
         for index, batch in enumerate(interval.timed(training.loader.epoch(epoch))):
             is_logged = index == 0 or (index + 1) % args.log_every_n_steps == 0 or index + 1 == steps
             state.objective.report = is_logged
@@ -167,7 +167,7 @@ def _seed(seed: int, epoch: int, rank: int) -> None:
 
 
 @contextmanager
-def _profiler(args: Namespace, world: World, epoch: int) -> Iterator[torch.profiler.profile | None]:
+def _profiler(args: Namespace, world: World, epoch: int, steps: int) -> Iterator[torch.profiler.profile | None]:
     if not (args.profile and world.is_main and epoch == 0):
         yield None
         return
@@ -178,8 +178,10 @@ def _profiler(args: Namespace, world: World, epoch: int) -> Iterator[torch.profi
 
     def save(profiler: torch.profiler.profile) -> None:
         profiler.export_chrome_trace(str(trace))
-        logging.info("profile of 4 steps in %s", trace)
+        logging.info("profile of %d steps in %s", active, trace)
 
-    schedule = torch.profiler.schedule(wait=2, warmup=2, active=4, repeat=1)
+    # The first steps are unlike the others; an epoch that has no more than those is traced whole.
+    skipped, active = (2, 4) if steps >= 8 else (0, steps)
+    schedule = torch.profiler.schedule(wait=skipped, warmup=skipped, active=active, repeat=1)
     with torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=save) as profiler:
         yield profiler

@@ -89,6 +89,8 @@ def _check_inputs(args: Namespace, folder: RunFolder, world: World) -> None:
     """Everything that can be known to be wrong before the model is built."""
     folder.check_new(args.resume)
     check_model(args)
+    if args.batch_size * world.size < 2:
+        raise UserError(f"--batch-size {args.batch_size} on one rank leaves a sample no negatives: give 2 or more")
     objective_class = OBJECTIVES[args.objective]
     check_train_data(data_config(args, objective_class.needs_keys), world_size=world.size)
     if args.resume and args.resume != "latest" and not Path(args.resume).is_file():

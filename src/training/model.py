@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import math
+import pickle
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
@@ -29,17 +31,14 @@ class TwoTowers(nn.Module):
 
     Args:
         model: an open_clip model (encode_image, encode_text, logit_scale).
-        logit_bias: initial bias for objectives that need one where the architecture has none. It is kept here, beside the
+        logit_bias: initial bias for objectives that need one, where the architecture has none. It is kept here, beside the
             model, so that the model's own state dict still fits the architecture.
     """
 
     def __init__(self, model: nn.Module, logit_bias: float | None = None) -> None:
         super().__init__()
         self.model = model
-        own_bias = getattr(model, "logit_bias", None) is not None
-        if logit_bias is not None and own_bias:
-            nn.init.constant_(model.logit_bias, logit_bias)
-        needs_bias = logit_bias is not None and not own_bias
+        needs_bias = logit_bias is not None and getattr(model, "logit_bias", None) is None
         self.extra_logit_bias = nn.Parameter(torch.tensor(float(logit_bias))) if needs_bias else None
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -116,8 +115,7 @@ def check_model(args: Namespace) -> None:
     known = open_clip.list_models()
     name = args.model.replace("/", "-")
     if name not in known:
-        stem = name.lower().split("-")[0]
-        near = [model for model in known if model.lower().startswith(stem)][:8] or known[:8]
+        near = difflib.get_close_matches(name, known, n=6, cutoff=0.4) or known[:6]
         raise UserError(
             f"--model {args.model} is unknown: use one of open_clip's ({', '.join(near)}, …) "
             "or describe your own with --model-config FILE.json"
@@ -137,7 +135,7 @@ def build_model(args: Namespace, objective_class: type[Objective], device: torch
     Raises:
         UserError: open_clip cannot build or load it; its own reason is repeated.
     """
-    # Every rank draws the same weights. logit_scale is set below, so that pretrained weights keep theirs.
+    # Every rank draws the same weights.
     torch.manual_seed(args.seed)
     # open_clip tells every step of the construction, and warns that a new model starts at random.
     if not args.debug:
@@ -164,15 +162,13 @@ def build_model(args: Namespace, objective_class: type[Objective], device: torch
         tokenizer = open_clip.get_tokenizer(
             args.model, cache_dir=args.cache_dir, context_length=args.force_context_length
         )
-    except (RuntimeError, OSError, ValueError, TypeError, KeyError) as error:
+    except (RuntimeError, OSError, ValueError, TypeError, KeyError, pickle.UnpicklingError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"--model {args.model}: open_clip cannot build it: {first_line}") from error
     finally:
         logging.disable(logging.NOTSET)
-    if not args.pretrained or args.temperature is not None:
-        temperature = args.temperature or objective_class.initial_temperature
-        nn.init.constant_(model.logit_scale, math.log(1.0 / temperature))
     towers = TwoTowers(model, objective_class.initial_logit_bias).to(device)
+    _set_starting_point(args, objective_class, towers)
     _lock(args, model)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
@@ -198,6 +194,23 @@ def wrap(args: Namespace, towers: TwoTowers, objective: Objective, world: World)
     )
 
 
+@torch.no_grad()
+def _set_starting_point(args: Namespace, objective_class: type[Objective], towers: TwoTowers) -> None:
+    """Initial temperature and bias as flags and objective say; pretrained weights keep theirs."""
+    if not args.pretrained or args.temperature is not None:
+        temperature = args.temperature or objective_class.initial_temperature
+        towers.model.logit_scale.fill_(math.log(1.0 / temperature))
+    if towers.logit_bias is None or objective_class.initial_logit_bias is None:
+        return
+    if not args.pretrained:
+        towers.logit_bias.fill_(objective_class.initial_logit_bias)
+    elif towers.extra_logit_bias is not None and Path(args.pretrained).is_file():
+        # One of our own checkpoints keeps a bias that the architecture does not have beside the model's weights.
+        saved = torch.load(args.pretrained, map_location="cpu", weights_only=True)
+        if isinstance(saved, dict) and "logit_bias" in saved and "state_dict" in saved:
+            towers.extra_logit_bias.copy_(saved["logit_bias"])
+
+
 def _lock(args: Namespace, model: nn.Module) -> None:
     if args.lock_image:
         model.lock_image_tower(
@@ -205,7 +218,9 @@ def _lock(args: Namespace, model: nn.Module) -> None:
         )
         logging.info("image tower frozen, last %d groups excepted", args.lock_image_unlocked_groups)
     if args.lock_text:
-        model.lock_text_tower(unlocked_layers=args.lock_text_unlocked_layers, freeze_layer_norm=True)
+        # open_clip's CLIP class knows no other way than to freeze them.
+        freeze_layer_norm = args.lock_text_freeze_layer_norm or isinstance(model, open_clip.CLIP)
+        model.lock_text_tower(unlocked_layers=args.lock_text_unlocked_layers, freeze_layer_norm=freeze_layer_norm)
         logging.info("text tower frozen, last %d layers excepted", args.lock_text_unlocked_layers)
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import ast
+import difflib
+import math
+import re
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from neuclip.objectives import add_arguments as add_objective_arguments
 from neuclip.objectives import resolve as resolve_objective
@@ -17,6 +20,20 @@ from training.errors import UserError
 
 PRECISIONS = ("amp_bf16", "amp_bfloat16", "amp", "bf16", "fp16", "pure_bf16", "pure_fp16", "fp32")
 OPTIMIZERS = ("adamw", "lamb", "lion", "sgd")
+
+
+class Parser(ArgumentParser):
+    """argparse, with a user's mistake as one line instead of the usage of all flags."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the mistake as UserError; an unknown flag comes with those that it resembles."""
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        if unknown:
+            flags = {option.replace("_", "-"): option for option in self._option_string_actions}
+            near = difflib.get_close_matches(unknown[1].replace("_", "-"), flags, n=3)
+            hint = f"did you mean {' or '.join(flags[flag] for flag in near)}? " if near else ""
+            raise UserError(f"{unknown[1]} is no flag: {hint}--help lists all")
+        raise UserError(f"{message}; --help tells what each flag takes")
 
 
 class KeyValues(argparse.Action):
@@ -43,7 +60,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
     Raises:
         UserError: a value or a combination of flags is wrong.
-        SystemExit: --help, or a flag that does not exist (argparse's own message).
+        SystemExit: --help.
     """
     parser = build_parser()
     args = parser.parse_args(_known_spelling(parser, sys.argv[1:] if argv is None else argv))
@@ -86,7 +103,7 @@ def data_config(args: Namespace, needs_keys: bool) -> DataConfig:
 
 def build_parser() -> ArgumentParser:
     """The whole command line, in groups."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog="main.py",
         description="Train CLIP models with global and mini-batch contrastive objectives. Flags may be written with - or _.",
         allow_abbrev=False,
@@ -197,7 +214,7 @@ def _optimization(parser: ArgumentParser) -> None:
     add("--lr-cooldown-end", type=float, default=0.0, help="learning rate at the end of the cooldown")
     add("--lr-cooldown-power", type=float, default=1.0, help="1: linear")
     add("--grad-clip-norm", type=float)
-    add("--temperature", type=float, help="initial τ = 1/logit_scale (0.07, siglip 0.1 unless given)")
+    add("--temperature", type=float, help="initial τ = 1/logit_scale (the objective's own unless given)")
     add("--lr_tau", type=float, default=-1.0, help="learning rate of the temperature; negative: that of the model")
     add(
         "--lr_tau_scheduler",
@@ -256,19 +273,52 @@ def _fill_defaults(args: Namespace) -> None:
         args.force_image_size = args.force_image_size[0]
 
 
-def _check(args: Namespace) -> None:
-    at_least_one = [(flag, 1) for flag in ("epochs", "log_every_n_steps")]
-    for flag, least in [*at_least_one, *((f, 0) for f in ("warmup", "save_frequency", "val_frequency"))]:
-        if getattr(args, flag) < least:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is too small: give {least} or more")
-    for flag in ("lr", "temperature"):
+# flag → (least, most) finite values, both included
+_RANGES = {
+    "epochs": (1, math.inf),
+    "log_every_n_steps": (1, math.inf),
+    "warmup": (0, math.inf),
+    "save_frequency": (0, math.inf),
+    "val_frequency": (0, math.inf),
+    "zeroshot_frequency": (0, math.inf),
+    "val_num_samples": (1, math.inf),
+    "dist_timeout": (1, math.inf),
+    "lr": (1e-30, math.inf),
+    "wd": (0, math.inf),
+    "beta1": (0, 1 - 1e-9),
+    "beta2": (0, 1 - 1e-9),
+    "eps": (0, math.inf),
+    "momentum": (0, 1 - 1e-9),
+    "lr_min": (0, math.inf),
+    "grad_clip_norm": (1e-30, math.inf),
+    "force_patch_dropout": (0, 1 - 1e-9),
+    "temperature": (0.01, 1.0),  # where logit_scale is clamped
+}
+
+
+def _check_ranges(args: Namespace) -> None:
+    for flag, (least, most) in _RANGES.items():
         value = getattr(args, flag)
-        if value is not None and value <= 0:
-            raise UserError(f"--{flag} {value} must be positive")
-    if args.temperature is not None and args.temperature < 0.01:
-        raise UserError(
-            f"--temperature {args.temperature} is below 0.01, where logit_scale is clamped: give 0.01 or more"
-        )
+        if value is None or (least <= value <= most and math.isfinite(value)):
+            continue
+        if least in (0, 1e-30) and most == math.inf:
+            bounds = "a finite number of at least 0" if least == 0 else "a finite number greater than 0"
+        elif most == math.inf:
+            bounds = f"{least} or more"
+        else:
+            bounds = f"at least {least:g} and below 1" if most < 1 else f"at least {least:g} and at most {most:g}"
+        raise UserError(f"{_spelled(flag)} {value} is out of range: give {bounds}")
+
+
+def _spelled(name: str) -> str:
+    for action in build_parser()._actions:
+        if action.dest == name:
+            return action.option_strings[0]
+    return f"--{name}"
+
+
+def _check(args: Namespace) -> None:
+    _check_ranges(args)
     check_flags(data_config(args, needs_keys=False))
     if args.lr_scheduler == "const-cooldown" and not args.epochs_cooldown:
         raise UserError("--lr-scheduler const-cooldown needs --epochs-cooldown: the number of epochs of the cooldown")
@@ -282,5 +332,5 @@ def _check(args: Namespace) -> None:
             raise UserError(f"--model-config {path} does not exist: give a json file or a folder of them")
     if args.resume == "latest" and args.name is None:
         raise UserError("--resume latest looks into the run's folder: say which run by --name")
-    if args.name is not None and Path(args.name).name != args.name:
+    if args.name is not None and (Path(args.name).name != args.name or args.name == ".."):
         raise UserError(f"--name {args.name} must be one folder name: use --logs for the folder above it")

@@ -97,11 +97,10 @@ class PrototypeNormalizer(nn.Module):
         for _ in range(updates):
             length = prototypes.norm(dim=2, keepdim=True).clamp_min(1e-12)
             unit = prototypes / length
-            logits, log_normalizers = self._predict(anchors, unit, positive, logit_scale)
+            shares, log_factor, log_normalizers = self._compare(anchors, unit, positive, logit_scale)
             # dF/dα_i = ½·τ/N·(1 − exp(T_i − α_i));  dα_i/dcos_ij = p_ij/τ;  p_ij = the share of prototype j in exp(α_i)
             excess = 1.0 - (targets - log_normalizers).clamp_max(LOG_WEIGHT_CEILING).exp()
-            shares = (logits - log_normalizers[:, :, None]).exp_()
-            coefficients = shares.mul_((excess / (2 * batch.size))[:, :, None])
+            coefficients = shares.mul_((log_factor.exp() * excess / (2 * batch.size))[:, :, None])
             gradient = torch.bmm(coefficients.transpose(1, 2), anchors)
             distributed.all_reduce_sum_(gradient)
             tangent = (gradient - (gradient * unit).sum(dim=2, keepdim=True) * unit) / length
@@ -112,7 +111,7 @@ class PrototypeNormalizer(nn.Module):
         """α of every anchor of the global batch, [2, N]."""
         unit = F.normalize(self.prototypes[:, : self.active], dim=2)
         anchors, positive, logit_scale = self._local_anchors(batch, logit_scale)
-        local = self._predict(anchors, unit, positive, logit_scale)[1]
+        local = self._compare(anchors, unit, positive, logit_scale)[2]
         return distributed.all_gather(local.to(batch.features.dtype), dim=1)
 
     def _local_anchors(self, batch: GlobalBatch, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,12 +120,22 @@ class PrototypeNormalizer(nn.Module):
         anchors, positive, scale = (tensor.to(self.prototypes.dtype) for tensor in tensors)
         return anchors, positive, scale
 
-    def _predict(self, anchors: Tensor, unit: Tensor, positive: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (cos − s_ii)/τ − log m, [2, B, m_active], and α, [2, B]."""
-        cosine = torch.bmm(anchors, unit.transpose(1, 2))
-        logits = (cosine - positive[None, :, None]).mul_(logit_scale).sub_(math.log(self.active))
-        log_mean = torch.logsumexp(logits, dim=2)
-        return logits, torch.logaddexp(log_mean, log_mean.new_full((), self.log_eps))
+    def _compare(
+        self, anchors: Tensor, unit: Tensor, positive: Tensor, logit_scale: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compare anchors with unit prototypes; one exp per pair, and one [2, B, m_active] block in all.
+
+        Returns:
+            shares [2, B, m_active], exp(logit − the row's largest); the log [2, B] of the factor that turns them into each
+            prototype's part of exp(α); α [2, B].
+        """
+        shares = torch.bmm(anchors * logit_scale, unit.transpose(1, 2))
+        largest = shares.amax(dim=2)
+        shares.sub_(largest[:, :, None]).exp_()
+        offset = largest - positive * logit_scale - math.log(self.active)
+        log_mean = shares.sum(dim=2).log() + offset
+        log_normalizers = torch.logaddexp(log_mean, log_mean.new_full((), self.log_eps))
+        return shares, offset - log_normalizers, log_normalizers
 
     def get_extra_state(self) -> dict[str, int]:
         return {"active": self.active, "num_recent": self.num_recent}
