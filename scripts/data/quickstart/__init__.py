@@ -5,7 +5,7 @@ words, `shards` the files, `dataset` puts the splits together and `queries` pick
 """
 
 # Raise it with every change that alters the files, so that finished data of an older builder is rebuilt.
-BUILDER_VERSION = 1
+BUILDER_VERSION = 2
 
 
 class BuildError(Exception):

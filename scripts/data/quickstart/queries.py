@@ -2,14 +2,11 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 QUERIES = 8
-_LEAST_IMAGES = 2
-# How many training captions hold each word of a good query. In fewer, a model has learned nothing of it (the name as a
-# whole is new to it, the words must not be); in more, the word fits half of all pictures.
-_LEAST_TRAINED, _MOST_TRAINED = 5, 300
+_LEAST_IMAGES = 3
 
 
 class Captioned(Protocol):
@@ -21,10 +18,11 @@ class Captioned(Protocol):
 
 
 def choose_queries(train: Sequence[Captioned], test: Sequence[Captioned]) -> list[dict]:
-    """Choose captions of the test split to search it with: different everyday things, emoji and icons in turn.
+    """Choose captions of the test split to search it with: new names made of known words, emoji and icons in turn.
 
-    Everyday things are those in whose names every word is also a word for some emoji; the best known are those that
-    most packages draw. No two queries share a word of their names. Others are taken only where these are too few.
+    A held-out name as a whole is new to a model; it can be found if its words were learnt from other names. So names of
+    several words come first, those before others whose rarest word is in most names of the training split. No two queries
+    share a word. Names of one word, or with few pictures, are taken only where these are too few.
 
     Args:
         train: samples of the training split.
@@ -35,24 +33,23 @@ def choose_queries(train: Sequence[Captioned], test: Sequence[Captioned]) -> lis
     keys: dict[str, list[int]] = {}
     for key, sample in enumerate(test):
         keys.setdefault(sample.concept, []).append(key)
-    drawn_by = {concept: {test[key].source for key in held_out} for concept, held_out in keys.items()}
-    good = {concept for concept in _learnable(keys, train) if len(keys[concept]) >= _LEAST_IMAGES}
-    waiting = sorted(keys, key=lambda c: (c not in good, -len(drawn_by[c]), -len(keys[c]), c))
+    emoji = {sample.concept for sample in test if sample.source == "openmoji"}
+    known = Counter(word for concept in {sample.concept for sample in train} for word in _words(concept))
+
+    def preference(concept: str) -> tuple[bool, int, int, str]:
+        words = _words(concept)
+        is_composed = len(words) > 1 and len(keys[concept]) >= _LEAST_IMAGES
+        return not is_composed, -min((known[word] for word in words), default=0), -len(keys[concept]), concept
+
+    waiting = sorted(keys, key=preference)
     chosen: list[dict] = []
     while waiting and len(chosen) < QUERIES:
         wants_emoji = len(chosen) % 2 == 0
-        fitting = (concept for concept in waiting if ("openmoji" in drawn_by[concept]) == wants_emoji)
-        concept = next(fitting, waiting[0])
+        composed = [concept for concept in waiting if not preference(concept)[0]] or waiting
+        concept = next((concept for concept in composed if (concept in emoji) == wants_emoji), composed[0])
         chosen.append({"text": _text([test[key] for key in keys[concept]]), "concept": concept, "keys": keys[concept]})
         waiting = [other for other in waiting if not _words(other) & _words(concept)]
     return chosen
-
-
-def _learnable(concepts: Iterable[str], train: Sequence[Captioned]) -> list[str]:
-    trained = Counter(word for sample in train for word in _words(sample.caption))
-    of_emoji = {word for sample in train if sample.source == "openmoji" for word in _words(sample.caption)}
-    known = {word for word in of_emoji if _LEAST_TRAINED <= trained[word] <= _MOST_TRAINED}
-    return [concept for concept in concepts if _words(concept) and _words(concept) <= known]
 
 
 def _words(text: str) -> set[str]:
