@@ -17,7 +17,8 @@ while [ $# -gt 0 ]; do
     case "$1" in
         --objective) [ $# -gt 1 ] || die "--objective needs a value: openclip, siglip or neuclip"; objective="$2"; shift 2 ;;
         --objective=*) objective="${1#*=}"; shift ;;
-        -h | --help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        --name | --name=* | --logs | --logs=*) die "$1: the quickstart names its runs itself; set NEUCLIP_LOGS, or call src/training/main.py" ;;
+        -h | --help) sed -n '2,6s/^# \{0,1\}//p' scripts/quickstart.sh; exit 0 ;;
         *) flags+=("$1"); shift ;;
     esac
 done
@@ -47,7 +48,7 @@ began=$SECONDS
     --epochs $EPOCHS --batch-size 256 --lr 1e-3 --wd 0.1 --warmup 100 --beta2 0.98 --eps 1e-6 \
     --lr_tau 2e-4 --rho 8 --npn_num_protos 1024 --npn_restart_iter 100 \
     --precision $precision --workers $workers --log-every-n-steps 20 --zeroshot-frequency 1 --save-most-recent \
-    "${flags[@]}"
+    ${flags[@]+"${flags[@]}"}
 say "trained in $((SECONDS - began)) s"
 
 compared=()

@@ -21,7 +21,7 @@ from training.precision import Precision
 from training.schedules import LearningRates
 
 CPU = torch.device("cpu")
-ALONE = World(0, 0, 1, CPU)
+ALONE = World(0, 1, CPU)
 EMBED_DIM = 6
 VOCABULARY = 20
 

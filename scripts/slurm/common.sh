@@ -12,6 +12,9 @@ MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 # One port per job: two jobs that share a node and a port would join each other's process group.
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
+# srun no longer takes over --cpus-per-task of the batch job by itself (since slurm 22.05): all loader processes of a rank
+# would share one core.
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 # train FLAGS... : one process per task; all end when one fails.

@@ -7,6 +7,7 @@ those among its workers.
 
 from __future__ import annotations
 
+import glob
 import io
 import json
 import os
@@ -136,10 +137,10 @@ def _image_member(members: dict[str, Member]) -> Member:
 
 
 def expand_shards(pattern: str) -> list[str]:
-    """Paths of the shards that a pattern names: braces {000..012}, folders (their *.tar), several joined by `::`.
+    """Paths of the shards that a pattern names: braces {000..012}, *, folders (their *.tar), several joined by `::`.
 
     Raises:
-        UserError: for a folder without shards.
+        UserError: for a folder or a pattern without shards.
     """
     shards: list[str] = []
     for part in pattern.split("::"):
@@ -149,7 +150,10 @@ def expand_shards(pattern: str) -> list[str]:
                 raise UserError(f"{part} holds no *.tar; give the folder or the pattern of the shards.")
             shards.extend(found)
         else:
-            shards.extend(expand_urls(part))
+            for path in expand_urls(part):
+                shards.extend(sorted(glob.glob(path)) if glob.has_magic(path) and not Path(path).exists() else [path])
+    if not shards:
+        raise UserError(f"{pattern} matches no shard; correct the path.")
     return shards
 
 
@@ -367,9 +371,10 @@ def open_classification(
     """Open a classification set, in shards or in folders.
 
     Shards, as clip_benchmark lays them out: classnames.txt, zeroshot_classification_templates.txt (lines with {c}),
-    test/nshards.txt, test/0.tar … of image + cls. Folders: one per class. 1,000 folders with WordNet ids are ImageNet, in
-    the order of its class names; any other set needs classnames.txt beside the folders, a line per folder in sorted order,
-    and may have zeroshot_classification_templates.txt (else "a photo of a {c}.").
+    test/nshards.txt, test/0.tar … of image + cls. Folders: one per class. 1,000 folders with WordNet ids are ImageNet and
+    1,000 with the numbers 0 … 999 are ImageNet-V2, in the order of ImageNet's class names; any other set needs
+    classnames.txt beside the folders, a line per folder in sorted order, and may have
+    zeroshot_classification_templates.txt (else "a photo of a {c}.").
 
     Args:
         path: the folder of the set.
@@ -391,6 +396,13 @@ def open_classification(
         dataset = ShardClassification(shards, len(names), transform, rank=rank, world_size=world_size)
         return ClassificationSource(names, templates, dataset)
     folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+    if len(folders) == 1 and folders[0].name.startswith("ImageNetV2"):
+        # The archive of ImageNet-V2 unpacks into one folder, which holds those of the classes.
+        root = folders[0]
+        folders = [folder for folder in root.iterdir() if folder.is_dir()]
+    if {folder.name for folder in folders} == {str(number) for number in range(1000)}:
+        # ImageNet-V2 names its folders by class number, which as text sorts 0, 1, 10, 100.
+        folders.sort(key=lambda folder: int(folder.name))
     if not folders:
         raise UserError(f"--zeroshot {root} has neither test/nshards.txt nor class folders; see the layouts supported.")
     names, templates = _folder_names(root, folders)
@@ -403,7 +415,7 @@ def _folder_names(root: Path, folders: list[Path]) -> tuple[list[str], list[Temp
     """The class names and templates of a set in folders."""
     own_names, own_templates = root / "classnames.txt", root / "zeroshot_classification_templates.txt"
     if not own_names.is_file():
-        if len(folders) == 1000 and all(re.fullmatch(r"n\d{8}", folder.name) for folder in folders):
+        if len(folders) == 1000 and all(re.fullmatch(r"n\d{8}|\d{1,3}", folder.name) for folder in folders):
             return list(open_clip.IMAGENET_CLASSNAMES), list(open_clip.OPENAI_IMAGENET_TEMPLATES)
         raise UserError(
             f"--zeroshot {root} has {len(folders)} class folders that are not ImageNet's 1,000: "

@@ -64,6 +64,59 @@ def normalized(embeddings: Tensor) -> Tensor:
         return F.normalize(embeddings.float(), dim=-1)
 
 
+class PairShare(NamedTuple):
+    """One rank's share of encoded pairs: image and text features [n, d] (n may be 0), global indices [n] int64."""
+
+    image_features: Tensor
+    text_features: Tensor
+    index: Tensor
+
+
+def encode_share(
+    model: DualEncoder,
+    loader: Iterable[Batch],
+    device: torch.device | str = "cpu",
+    autocast_context: AutocastContext = nullcontext,
+    *,
+    image_dtype: torch.dtype = torch.float32,
+) -> PairShare:
+    """Encode this rank's images and captions. Nothing is gathered: a rank may fail here without the others waiting.
+
+    Args:
+        model: has `encode_image` and `encode_text`, as open_clip models do; not wrapped in DDP. Its train or eval mode is
+            the same afterwards.
+        loader: batches with `image`, `text` (tokens) and `index` (global index of each sample), of this rank's share.
+        device: where the model is, and the features will be.
+        autocast_context: called for every forward, e.g. `lambda: torch.autocast("cuda", torch.bfloat16)`.
+        image_dtype: what the image tower takes: another one for a model whose weights are not float32.
+    """
+    images, texts, indices = [], [], [torch.empty(0, dtype=torch.int64)]
+    with evaluating(model):
+        for batch in loader:
+            with autocast_context():
+                image = model.encode_image(batch["image"].to(device, image_dtype, non_blocking=True))
+                text = model.encode_text(batch["text"].to(device, non_blocking=True))
+            images.append(normalized(image))
+            texts.append(normalized(text))
+            indices.append(batch["index"])
+    return PairShare(_stacked(images, device), _stacked(texts, device), torch.cat(indices))
+
+
+def gather_pairs(share: PairShare, world_size: int = 1) -> PairFeatures:
+    """Gather the shares of all ranks; all must call this together.
+
+    Returns:
+        The features of all ranks' samples, ordered by global index; the same on every rank.
+
+    Raises:
+        UserError: if there is no sample on any rank.
+        ValueError: if one global index occurs twice.
+    """
+    order = _global_order(share.index, world_size)
+    gathered = [gather_rows(rows, world_size) for rows in (share.image_features, share.text_features)]
+    return PairFeatures(*(rows[order.to(rows.device)] for rows in gathered))
+
+
 def encode_pairs(
     model: DualEncoder,
     loader: Iterable[Batch],
@@ -73,36 +126,8 @@ def encode_pairs(
     image_dtype: torch.dtype = torch.float32,
     world_size: int = 1,
 ) -> PairFeatures:
-    """Encode images and captions, and gather them over the ranks.
-
-    Args:
-        model: has `encode_image` and `encode_text`, as open_clip models do; not wrapped in DDP. Its train or eval mode is
-            the same afterwards.
-        loader: batches with `image`, `text` (tokens) and `index` (global index of each sample), of this rank's share.
-        device: where the model is, and the features will be.
-        autocast_context: called for every forward, e.g. `lambda: torch.autocast("cuda", torch.bfloat16)`.
-        image_dtype: what the image tower takes: another one for a model whose weights are not float32.
-        world_size: number of ranks of the default process group; all must call this together.
-
-    Returns:
-        The features of all ranks' samples, ordered by global index; the same on every rank.
-
-    Raises:
-        UserError: if there is no sample on any rank.
-        ValueError: if one global index occurs twice.
-    """
-    images, texts, indices = [], [], []
-    with evaluating(model):
-        for batch in loader:
-            with autocast_context():
-                image = model.encode_image(batch["image"].to(device, image_dtype, non_blocking=True))
-                text = model.encode_text(batch["text"].to(device, non_blocking=True))
-            images.append(normalized(image))
-            texts.append(normalized(text))
-            indices.append(batch["index"])
-    order = _global_order(indices, world_size)
-    gathered = [gather_rows(_stacked(rows, device), world_size) for rows in (images, texts)]
-    return PairFeatures(*(rows[order.to(rows.device)] for rows in gathered))
+    """`encode_share` and `gather_pairs` in one; arguments, result and errors are theirs."""
+    return gather_pairs(encode_share(model, loader, device, autocast_context, image_dtype=image_dtype), world_size)
 
 
 def encode_images(
@@ -137,9 +162,8 @@ def _stacked(blocks: list[Tensor], device: torch.device | str) -> Tensor:
     return torch.cat(blocks) if blocks else torch.empty(0, 0, device=device)
 
 
-def _global_order(indices: list[Tensor], world_size: int) -> Tensor:
+def _global_order(local: Tensor, world_size: int) -> Tensor:
     """The permutation that brings the gathered rows into the order of their global indices, [N] int64 on the CPU."""
-    local = torch.cat([torch.empty(0, dtype=torch.int64), *indices])
     index = gather_rows(local[:, None], world_size)[:, 0]
     order = index.argsort()
     if not len(index):

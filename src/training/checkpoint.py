@@ -69,6 +69,9 @@ class TrainingState:
             UserError: the file is of another architecture, objective or optimizer.
         """
         saved = checkpoint.get("objective")
+        parts_are_dicts = all(isinstance(checkpoint.get(part, {}), dict) for part in ("objective", "state_dict"))
+        if not parts_are_dicts or (saved is not None and "name" not in saved):
+            raise UserError(f"--resume {path} is no checkpoint of this trainer; --pretrained takes foreign weights")
         if saved is not None and saved["name"] != self.objective.name:
             raise UserError(
                 f"--resume {path} was trained with --objective {saved['name']}, not {self.objective.name}: "
@@ -97,6 +100,20 @@ class TrainingState:
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.epoch = checkpoint["epoch"]
         self.step = checkpoint["step"]
+
+    def follow_schedule(self, steps_per_epoch: int) -> None:
+        """Count steps in those of the present run, where world size, batch or data have changed since the checkpoint.
+
+        Schedules follow steps; with the old count they would be ahead or behind by as much as an epoch's length changed.
+        """
+        expected = self.epoch * steps_per_epoch
+        if self.step != expected:
+            logging.warning(
+                "an epoch had another number of steps when the checkpoint was written: going on at step %d, not %d",
+                expected,
+                self.step,
+            )
+            self.step = self.objective.step = expected
 
 
 def save_checkpoint(content: dict[str, Any], path: Path) -> None:
@@ -137,6 +154,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"--resume {path} holds a {type(content).__name__}, not a checkpoint")
     return content
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed while saving left behind."""
+    for path in folder.glob(".*.pt.*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -21,12 +21,11 @@ class World:
     """This process's place.
 
     Attributes:
-        rank, local_rank, size: among all processes; on this node; number of all.
+        rank, size: this process's number among all processes; their number.
         device: where this rank computes.
     """
 
     rank: int
-    local_rank: int
     size: int
     device: torch.device
 
@@ -34,11 +33,6 @@ class World:
     def is_main(self) -> bool:
         """Whether this is rank 0, which writes files and speaks to the user."""
         return self.rank == 0
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self.size > 1:
-            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def from_main(self, value: T) -> T:
         """Rank 0's value, on every rank (a plain Python object)."""
@@ -53,21 +47,41 @@ class World:
 
         Raises:
             UserError: the first failing rank's message.
+            Exception: on the rank where it happened, whatever else `check` raised.
         """
-        result, message = None, None
+        result, message, unexpected = None, None, None
         try:
             result = check()
         except UserError as error:
             message = str(error)
+        except Exception as error:
+            # A bug or a full memory, say: the others must be told all the same.
+            message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            unexpected = error
         messages: list[str | None] = [message]
         if self.size > 1:
             messages = [None] * self.size
             dist.all_gather_object(messages, message)
+        if unexpected is not None:
+            raise unexpected
         failed = [m for m in messages if m is not None]
         if failed:
             where = "" if len(failed) == self.size else f" (on rank {messages.index(failed[0])})"
             raise UserError(failed[0] + where)
         return result  # type: ignore[return-value]
+
+    def check_same(self, value: object, what: str) -> None:
+        """Check that a value is the same on every rank.
+
+        Raises:
+            UserError: it is not; `what` begins the message.
+        """
+        values: list[object] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise UserError(f"{what}: rank 0 has {values[0]}, rank {rank} has {other}; all must see the same files")
 
 
 def environment() -> tuple[int, int, int]:
@@ -81,7 +95,9 @@ def environment() -> tuple[int, int, int]:
         return int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"])
     in_step = "SLURM_JOB_ID" not in env or "SLURM_STEP_NUM_TASKS" in env or "SLURM_STEP_NUM_NODES" in env
     if "SLURM_PROCID" in env and in_step:
-        return int(env["SLURM_PROCID"]), int(env.get("SLURM_LOCALID", 0)), int(env.get("SLURM_NTASKS", 1))
+        # The tasks of this step, where slurm says it: SLURM_NTASKS is that of the job in an interactive shell.
+        tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", 1))
+        return int(env["SLURM_PROCID"]), int(env.get("SLURM_LOCALID", 0)), int(tasks)
     return 0, 0, 1
 
 
@@ -105,15 +121,23 @@ def connect(device: str, backend: str | None, url: str, timeout_seconds: int) ->
             )
         # A port of the job's own: two jobs on one node with a fixed port would join each other's group and hang.
         os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
-        dist.init_process_group(
-            backend=backend or ("nccl" if chosen.type == "cuda" else "gloo"),
-            init_method=url,
-            world_size=size,
-            rank=rank,
-            timeout=timedelta(seconds=timeout_seconds),
-            device_id=chosen if chosen.type == "cuda" else None,
-        )
-    return World(rank, local_rank, size, chosen)
+        try:
+            dist.init_process_group(
+                backend=backend or ("nccl" if chosen.type == "cuda" else "gloo"),
+                init_method=url,
+                world_size=size,
+                rank=rank,
+                timeout=timedelta(seconds=timeout_seconds),
+                device_id=chosen if chosen.type == "cuda" else None,
+            )
+        except (dist.DistError, ValueError) as error:
+            place = url if url != "env://" else f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{size} ranks cannot meet at {place} ({reason[:200]}): check MASTER_ADDR and MASTER_PORT, "
+                "that the port is free and that all ranks were started"
+            ) from error
+    return World(rank, size, chosen)
 
 
 def disconnect() -> None:
@@ -125,11 +149,14 @@ def disconnect() -> None:
 def _device(name: str, local_rank: int) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda"):
+    if name == "cuda":
         if not torch.cuda.is_available():
             raise UserError(f"--device {name}: this machine shows no CUDA device; use --device cpu or auto")
         # slurm may show each task a single GPU, which is then number 0 whatever the local rank.
-        index = local_rank % torch.cuda.device_count()
+        count = torch.cuda.device_count()
+        if count > 1 and local_rank >= count:
+            raise UserError(f"local rank {local_rank} on a node that shows {count} GPUs: start one process per GPU")
+        index = local_rank if count > 1 else 0
         torch.cuda.set_device(index)
         return torch.device("cuda", index)
     return torch.device(name)

@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from evaluation.csv_pairs import CsvPairs
 from evaluation.datasets import ClassificationSource, PairDataset, open_classification
-from evaluation.features import encode_images, encode_pairs, evaluating
+from evaluation.features import encode_images, encode_share, evaluating, gather_pairs
 from evaluation.retrieval import retrieval_metrics
 from evaluation.zero_shot import build_class_head, zero_shot_metrics
 from training.distributed import World
@@ -65,28 +66,41 @@ class Evaluator:
     def __call__(self, towers: TwoTowers, epoch: int) -> dict[str, float]:
         """Metrics of the sets that are due after `epoch` completed epochs; the same on every rank, empty if none is due."""
         metrics: dict[str, float] = {}
-        if self.pairs is not None and self._is_due(epoch, self.args.val_frequency):
-            metrics.update(self._validate(towers))
-        if self._is_due(epoch, self.args.zeroshot_frequency):
-            for prefix, source in self.classifications.items():
-                metrics.update(self._classify(towers, prefix, source))
+        self._share_buffers(towers)
+        try:
+            if self.pairs is not None and self._is_due(epoch, self.args.val_frequency):
+                metrics.update(self._validate(towers))
+            if self._is_due(epoch, self.args.zeroshot_frequency):
+                for prefix, source in self.classifications.items():
+                    metrics.update(self._classify(towers, prefix, source))
+        except UserError as error:
+            # All ranks get here together. A broken image must not end a run of two days.
+            logging.error("evaluation after epoch %d broken off: %s", epoch, str(error).strip().splitlines()[-1])
         if metrics and self.world.is_main:
             shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             logging.info("evaluation after epoch %d: %s", epoch, shown)
         return metrics
 
+    def _share_buffers(self, towers: TwoTowers) -> None:
+        # Running statistics of batch normalisation differ by rank after a step; the checkpoint has rank 0's.
+        if self.world.size > 1:
+            for buffer in towers.model.buffers():
+                dist.broadcast(buffer, src=0)
+
     def _is_due(self, epoch: int, frequency: int) -> bool:
         return frequency > 0 and (epoch % frequency == 0 or epoch == self.args.epochs)
 
     def _validate(self, towers: TwoTowers) -> dict[str, float]:
-        images, texts = encode_pairs(
-            towers.model,
-            self._loader(self.pairs),
-            self.world.device,
-            self.precision.autocast,
-            image_dtype=self.precision.input_dtype,
-            world_size=self.world.size,
+        share = self.world.check_together(
+            lambda: encode_share(
+                towers.model,
+                self._loader(self.pairs),
+                self.world.device,
+                self.precision.autocast,
+                image_dtype=self.precision.input_dtype,
+            )
         )
+        images, texts = gather_pairs(share, self.world.size)
         metrics = retrieval_metrics(images, texts, rank=self.world.rank, world_size=self.world.size)
         scale = towers.model.logit_scale.detach().float().exp().reshape(())
         metrics["clip_val_loss"] = batched_contrastive_loss(images, texts, scale, self.args.batch_size)
@@ -98,12 +112,14 @@ class Evaluator:
             head = build_class_head(
                 self._encode_text(towers), self.tokenizer, source.class_names, source.templates, self.world.device
             )
-        features, labels = encode_images(
-            towers.model,
-            self._loader(source.dataset),
-            self.world.device,
-            self.precision.autocast,
-            image_dtype=self.precision.input_dtype,
+        features, labels = self.world.check_together(
+            lambda: encode_images(
+                towers.model,
+                self._loader(source.dataset),
+                self.world.device,
+                self.precision.autocast,
+                image_dtype=self.precision.input_dtype,
+            )
         )
         scores = zero_shot_metrics(features, labels, head, world_size=self.world.size)
         named = {
@@ -143,7 +159,7 @@ def batched_contrastive_loss(images: Tensor, texts: Tensor, logit_scale: Tensor,
 def _open_pairs(args: Namespace, bundle: ModelBundle, world: World) -> PairDataset:
     transforms = (bundle.preprocess_val, bundle.tokenizer)
     share = {"rank": world.rank, "world_size": world.size, "limit": args.val_num_samples}
-    if args.val_data.lower().endswith((".csv", ".tsv")):
+    if args.dataset_type == "csv" or args.val_data.lower().endswith((".csv", ".tsv")):
         columns = {"image_key": args.csv_img_key, "caption_key": args.csv_caption_key, "separator": args.csv_separator}
         return CsvPairs(args.val_data, *transforms, **columns, **share)
     return PairDataset(args.val_data, *transforms, **share)

@@ -99,7 +99,7 @@ def train_one_epoch(training: Training, epoch: int) -> None:
 
 
 def training_step(training: Training, batch: Batch) -> Output:
-    """Forward, objective, backward, clip, optimizer, clamp: one update. Nothing here waits for the device."""
+    """Forward, objective, backward, clip, optimizer, clamp: one update. With adamw nothing here waits for the device."""
     state, device = training.state, training.world.device
     image = batch.image.to(device, dtype=training.precision.input_dtype, non_blocking=True)
     text = batch.text.to(device, non_blocking=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +13,11 @@ if not __package__:
     # Started as a file: its own folder, first on the path, would hide packages that share a name with our modules.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import torch.distributed as dist
+
 from neuclip.objectives import OBJECTIVES, RunShape, build_objective
 from training import distributed
-from training.checkpoint import TrainingState, newest_checkpoint, read_checkpoint, save_checkpoint
+from training.checkpoint import TrainingState, newest_checkpoint, read_checkpoint, remove_leftovers, save_checkpoint
 from training.data import build_train_loader, check_train_data
 from training.distributed import World
 from training.errors import UserError
@@ -29,20 +32,34 @@ from training.reporting import Reporter, log_to_file, start_logging
 from training.run_folder import RunFolder, default_name
 from training.schedules import LearningRates
 
+# A mistake in the flags is found by every rank on its own. The others leave time for rank 0 to say it: slurm ends all tasks
+# when the first one fails.
+_SECONDS_FOR_RANK_0 = 10.0
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says. Returns the exit status: 0, or 2 after a user's mistake (one line on stderr)."""
+    rank = distributed.environment()[0]
     try:
         args = parse_args(argv)
+    except UserError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(_SECONDS_FOR_RANK_0)
+        return 2
+    try:
         world = distributed.connect(args.device, args.dist_backend, args.dist_url, args.dist_timeout)
         start_logging(world, args.debug)
         train(args, world)
     except UserError as error:
-        if distributed.environment()[0] == 0:
-            print(f"error: {error}", file=sys.stderr)
+        # Without a process group this rank may be the only one that knows; with one, all ranks have the same message.
+        if rank == 0 or not dist.is_initialized():
+            where = "" if rank == 0 else f"[rank {rank}] "
+            print(f"{where}error: {error}", file=sys.stderr, flush=True)
         return 2
-    finally:
-        distributed.disconnect()
+    # Only after success: leaving the group waits for the other ranks, and after an error they may wait for this one.
+    distributed.disconnect()
     return 0
 
 
@@ -58,31 +75,48 @@ def train(args: Namespace, world: World) -> None:
 
     bundle = world.check_together(lambda: build_model(args, OBJECTIVES[args.objective], world.device))
     training = world.check_together(lambda: _assemble(args, world, folder, bundle))
+    loader, state = training.loader, training.state
+    world.check_same((loader.steps_per_epoch, loader.data_description), f"--train-data {args.train_data}")
     evaluator = world.check_together(lambda: Evaluator(args, bundle, world, training.precision))
-    state = training.state
     # One rank chooses, so that all go on from the same file.
-    checkpoint = world.from_main(_checkpoint_to_resume(args, folder) if world.is_main else None)
+    checkpoint = world.from_main(
+        world.check_together(lambda: _checkpoint_to_resume(args, folder) if world.is_main else None)
+    )
     if checkpoint is not None:
         world.check_together(lambda: state.load(read_checkpoint(checkpoint), checkpoint, args.model))
         logging.info("resumed from %s: epoch %d, step %d", checkpoint, state.epoch, state.step)
-    if world.is_main:
-        folder.write_params(args)
-        copy_model_configs(args.model_config, folder.model_configs)
-        for line in plan_lines(args, world, state.towers, state.objective, training.loader):
-            logging.info(line)
+        state.follow_schedule(loader.steps_per_epoch)
+    world.check_together(lambda: _write_plan(args, world, folder, training))
+
+    if world.from_main(state.epoch > 0 and not folder.has_results(state.epoch)):
+        # The last run ended between saving this epoch and evaluating it.
+        _evaluate(training, evaluator)
     if state.epoch >= args.stop_epochs:
         logging.info("nothing to do: epoch %d of %d is done", state.epoch, args.stop_epochs)
-
     for epoch in range(state.epoch, args.stop_epochs):
         train_one_epoch(training, epoch)
         state.epoch = epoch + 1
         # Saved before it is evaluated: an evaluation that fails must not cost the epoch.
         if world.is_main:
             _save(args, folder, state)
-        metrics = evaluator(state.towers, state.epoch)
-        if metrics:
-            training.reporter.evaluation(state.epoch, state.step, metrics)
+        _evaluate(training, evaluator)
     training.reporter.close()
+
+
+def _evaluate(training: Training, evaluator: Evaluator) -> None:
+    state = training.state
+    metrics = evaluator(state.towers, state.epoch)
+    if metrics:
+        training.reporter.evaluation(state.epoch, state.step, metrics)
+
+
+def _write_plan(args: Namespace, world: World, folder: RunFolder, training: Training) -> None:
+    if not world.is_main:
+        return
+    folder.write_params(args)
+    copy_model_configs(args.model_config, folder.model_configs)
+    for line in plan_lines(args, world, training.state.towers, training.state.objective, training.loader):
+        logging.info(line)
 
 
 def _check_inputs(args: Namespace, folder: RunFolder, world: World) -> None:
@@ -97,6 +131,7 @@ def _check_inputs(args: Namespace, folder: RunFolder, world: World) -> None:
         raise UserError(f"--resume {args.resume}: there is no such file; give a checkpoint, or latest")
     if world.is_main:
         folder.create()
+        remove_leftovers(folder.checkpoints)
         log_to_file(folder.path / "out.log")
 
 

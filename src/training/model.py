@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import math
 import pickle
@@ -16,6 +17,8 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.hf_model import HFTextEncoder
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -87,11 +90,17 @@ class ModelBundle:
 
 def register_model_configs(paths: list[str]) -> None:
     """Make the models of --model-config known to open_clip, each under its file's stem."""
-    for path in paths:
-        try:
-            open_clip.add_model_config(Path(path))
-        except (OSError, ValueError) as error:
-            raise UserError(f"--model-config {path} cannot be read as json: {error}") from None
+    for path in map(Path, paths):
+        for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
+            try:
+                content = json.loads(file.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise UserError(f"--model-config {file} cannot be read as json: {error}") from None
+            # open_clip passes over a file that lacks one of these, without a word.
+            missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(content if isinstance(content, dict) else ())
+            if missing and not path.is_dir():
+                raise UserError(f"--model-config {file} is no model: it lacks {', '.join(sorted(missing))}")
+        open_clip.add_model_config(path)
 
 
 def copy_model_configs(paths: list[str], folder: Path) -> None:
@@ -169,7 +178,10 @@ def build_model(args: Namespace, objective_class: type[Objective], device: torch
         logging.disable(logging.NOTSET)
     towers = TwoTowers(model, objective_class.initial_logit_bias).to(device)
     _set_starting_point(args, objective_class, towers)
-    _lock(args, model)
+    try:
+        _lock(args, model)
+    except (AssertionError, NotImplementedError, AttributeError, RuntimeError) as error:
+        raise UserError(f"--lock-image / --lock-text: model {args.model} cannot be frozen that way: {error}") from error
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     return ModelBundle(towers, preprocess_train, preprocess_val, tokenizer, _embed_dim(model, tokenizer, device))
@@ -181,13 +193,21 @@ def wrap(args: Namespace, towers: TwoTowers, objective: Objective, world: World)
     if objective.initial_logit_bias is None and towers.logit_bias is not None:
         # A bias of the architecture that this objective does not look at: no gradient would come, and DDP waits for all.
         towers.logit_bias.requires_grad_(False)
+    # The captioning head of CoCa models takes no part in a contrastive objective.
+    decoder = getattr(towers.model, "text_decoder", None)
+    if decoder is not None:
+        decoder.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in towers.parameters()):
+        raise UserError("--lock-image, --lock-text and a constant temperature leave nothing to train: drop one of them")
+    if args.use_bn_sync and world.size > 1:
+        if world.device.type != "cuda":
+            raise UserError("--use-bn-sync works on GPUs only: drop it on CPUs")
+        towers.model = convert_sync_batchnorm(towers.model)
     if args.torchcompile:
         # Compiled in place: parameter names stay as they are.
         towers.compile()
     if world.size == 1:
         return towers
-    if args.use_bn_sync:
-        towers.model = nn.SyncBatchNorm.convert_sync_batchnorm(towers.model)
     device_ids = [world.device] if world.device.type == "cuda" else None
     return DistributedDataParallel(
         towers, device_ids=device_ids, gradient_as_bucket_view=True, static_graph=args.ddp_static_graph
@@ -197,6 +217,10 @@ def wrap(args: Namespace, towers: TwoTowers, objective: Objective, world: World)
 @torch.no_grad()
 def _set_starting_point(args: Namespace, objective_class: type[Objective], towers: TwoTowers) -> None:
     """Initial temperature and bias as flags and objective say; pretrained weights keep theirs."""
+    # Pure half precision would round the small steps of these two away.
+    towers.model.logit_scale.data = towers.model.logit_scale.data.float()
+    if towers.logit_bias is not None:
+        towers.logit_bias.data = towers.logit_bias.data.float()
     if not args.pretrained or args.temperature is not None:
         temperature = args.temperature or objective_class.initial_temperature
         towers.model.logit_scale.fill_(math.log(1.0 / temperature))
@@ -204,7 +228,7 @@ def _set_starting_point(args: Namespace, objective_class: type[Objective], tower
         return
     if not args.pretrained:
         towers.logit_bias.fill_(objective_class.initial_logit_bias)
-    elif towers.extra_logit_bias is not None and Path(args.pretrained).is_file():
+    elif towers.extra_logit_bias is not None and Path(args.pretrained).suffix == ".pt":
         # One of our own checkpoints keeps a bias that the architecture does not have beside the model's weights.
         saved = torch.load(args.pretrained, map_location="cpu", weights_only=True)
         if isinstance(saved, dict) and "logit_bias" in saved and "state_dict" in saved:
@@ -218,8 +242,9 @@ def _lock(args: Namespace, model: nn.Module) -> None:
         )
         logging.info("image tower frozen, last %d groups excepted", args.lock_image_unlocked_groups)
     if args.lock_text:
-        # open_clip's CLIP class knows no other way than to freeze them.
-        freeze_layer_norm = args.lock_text_freeze_layer_norm or isinstance(model, open_clip.CLIP)
+        # open_clip's own text towers know no other way than to freeze them, Hugging Face's do.
+        has_choice = isinstance(getattr(model, "text", None), HFTextEncoder)
+        freeze_layer_norm = args.lock_text_freeze_layer_norm or not has_choice
         model.lock_text_tower(unlocked_layers=args.lock_text_unlocked_layers, freeze_layer_norm=freeze_layer_norm)
         logging.info("text tower frozen, last %d layers excepted", args.lock_text_unlocked_layers)
 

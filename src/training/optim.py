@@ -41,7 +41,8 @@ def build_optimizer(args: Namespace, groups: list[dict[str, Any]]) -> Optimizer:
         on_gpu = groups[0]["params"][0].is_cuda
         return torch.optim.AdamW(groups, lr=args.lr, betas=betas, eps=args.eps, fused=on_gpu or None)
     if args.optimizer == "lamb":
-        return timm.optim.Lamb(groups, lr=args.lr, betas=betas, eps=args.eps)
+        # timm's LAMB would clip gradients of its own accord; --grad-clip-norm is for that.
+        return timm.optim.Lamb(groups, lr=args.lr, betas=betas, eps=args.eps, max_grad_norm=None)
     if args.optimizer == "lion":
         return timm.optim.Lion(groups, lr=args.lr, betas=betas)
     return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, nesterov=args.momentum > 0)
@@ -51,9 +52,14 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Load moments and step counts; hyper-parameters stay those of the present command line and device.
 
     Raises:
-        ValueError: the groups do not match (PyTorch's own message).
+        ValueError: the groups do not match, or the state is of another optimizer.
     """
-    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, current in zip(optimizer.param_groups, options):
-        group.update(current)
+    saved = [dict(group) for group in state["param_groups"]]
+    if len(saved) != len(optimizer.param_groups):
+        raise ValueError("its optimizer has other parameter groups (frozen towers or a constant temperature?)")
+    for group, current in zip(saved, optimizer.param_groups):
+        if group.keys() != current.keys():
+            raise ValueError("it is of another --optimizer")
+        # Before loading: where PyTorch puts the step counts depends on `fused`, which depends on the device.
+        group.update({name: value for name, value in current.items() if name != "params"})
+    optimizer.load_state_dict({**state, "param_groups": saved})

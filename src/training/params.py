@@ -250,7 +250,7 @@ def _logging(parser: ArgumentParser) -> None:
 
 def _distributed(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("devices and ranks").add_argument
-    add("--device", default="auto", help="auto, cuda or cpu")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a GPU per rank if there are any")
     add("--dist-backend", choices=("nccl", "gloo"), help="nccl on GPUs, gloo on CPUs unless given")
     add("--dist-url", default="env://", help="how ranks find each other, as torch.distributed understands it")
     add("--dist-timeout", type=int, default=1800, help="seconds after which a collective that hangs ends the run")
@@ -291,6 +291,12 @@ _RANGES = {
     "momentum": (0, 1 - 1e-9),
     "lr_min": (0, math.inf),
     "grad_clip_norm": (1e-30, math.inf),
+    "epochs_cooldown": (1, math.inf),
+    "lr_cooldown_end": (0, math.inf),
+    "lr_cooldown_power": (0, math.inf),
+    "lr_tau": (0, math.inf),
+    "lock_image_unlocked_groups": (0, math.inf),
+    "lock_text_unlocked_layers": (0, math.inf),
     "force_patch_dropout": (0, 1 - 1e-9),
     "temperature": (0.01, 1.0),  # where logit_scale is clamped
 }
@@ -320,6 +326,8 @@ def _spelled(name: str) -> str:
 def _check(args: Namespace) -> None:
     _check_ranges(args)
     check_flags(data_config(args, needs_keys=False))
+    if args.device == "cpu" and args.dist_backend == "nccl":
+        raise UserError("--dist-backend nccl needs GPUs: use gloo with --device cpu, or leave the flag out")
     if args.lr_scheduler == "const-cooldown" and not args.epochs_cooldown:
         raise UserError("--lr-scheduler const-cooldown needs --epochs-cooldown: the number of epochs of the cooldown")
     unknown = set(filter(None, args.report_to.split(","))) - {"tensorboard", "wandb"}

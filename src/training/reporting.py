@@ -137,13 +137,17 @@ def _open_wandb(args: Namespace, folder: RunFolder) -> Any:
         import wandb
     except ImportError:
         raise UserError("--report-to wandb: the package is not installed; pip install wandb") from None
-    # A fixed id, so that a resumed run goes on in the same place.
-    return wandb.init(
-        project=args.wandb_project_name,
-        name=args.name,
-        id=args.name,
-        notes=args.wandb_notes or None,
-        config=vars(args),
-        resume="allow",
-        dir=str(folder.path),
-    )
+    try:
+        # A fixed id, so that a resumed run goes on in the same place.
+        return wandb.init(
+            project=args.wandb_project_name,
+            name=args.name,
+            id=args.name,
+            notes=args.wandb_notes or None,
+            config=vars(args),
+            resume="allow",
+            dir=str(folder.path),
+        )
+    except wandb.Error as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--report-to wandb: {reason}; run wandb login, or set WANDB_MODE=offline") from error

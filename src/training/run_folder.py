@@ -42,6 +42,13 @@ class RunFolder:
         """One line of JSON per logging interval."""
         return self.path / "metrics.jsonl"
 
+    def has_results(self, epoch: int) -> bool:
+        """Whether an evaluation after that many epochs is in results.jsonl."""
+        if not self.results.exists():
+            return False
+        lines = self.results.read_text(encoding="utf-8").splitlines()
+        return any(line.startswith(f'{{"epoch": {epoch},') for line in lines)
+
     def check_new(self, resume: str | None) -> None:
         """Refuse to write into another run's folder.
 

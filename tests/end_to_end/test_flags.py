@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -214,3 +216,27 @@ def test_name_is_made_up_when_none_is_given(train: Trainer, corpus: Corpus, tmp_
     (run,) = (tmp_path / "logs").iterdir()
     for part in ("openclip", "model_tiny", "lr_0.0005", "b_16", "p_amp_bf16"):
         assert part in run.name
+
+
+def test_evaluation_that_was_cut_off_is_made_up_for(short: Callable[..., Path], corpus: Corpus) -> None:
+    flags = ("--name", "cut", "--val-data", corpus.validation)
+    run = short(*flags)
+    whole = read_lines(run / "results.jsonl")
+    (run / "results.jsonl").unlink()
+    short(*flags, "--resume", "latest")
+    assert read_lines(run / "results.jsonl") == whole
+    short(*flags, "--resume", "latest")
+    assert len(read_lines(run / "results.jsonl")) == 1
+
+
+def test_a_broken_validation_image_does_not_end_the_run(short: Callable[..., Path], tmp_path: Path) -> None:
+    shard = tmp_path / "val.tar"
+    with tarfile.open(shard, "w") as tar:
+        for name, content in (("a.png", b"no image"), ("a.txt", b"a caption")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    run = short("--val-data", str(shard))
+    assert _checkpoints(run) == ["epoch_1.pt"]
+    assert not (run / "results.jsonl").exists()
+    assert "evaluation after epoch 1 broken off" in (run / "out.log").read_text()

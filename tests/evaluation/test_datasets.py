@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from evaluation.datasets import PairDataset, open_classification
+from evaluation.datasets import PairDataset, expand_shards, open_classification
+from evaluation.errors import UserError
 
 from .conftest import image_bytes, pair, write_shard
 
@@ -189,3 +190,24 @@ def test_json_without_a_concept(tmp_path: Path) -> None:
     assert PairDataset(f"{tmp_path}/a.tar").concept(0) == ""
     with tarfile.open(tmp_path / "a.tar") as tar:
         assert len(tar.getnames()) == 3
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_folders_of_imagenet_v2_are_classes_by_number(nested: bool, tmp_path: Path) -> None:
+    """As text the folders sort 0, 1, 10, 100; a label must be the folder's number."""
+    root = tmp_path / "ImageNetV2-matched-frequency-format-val" if nested else tmp_path
+    for number in range(1000):
+        (root / str(number)).mkdir(parents=True)
+    for number in (2, 10):
+        Image.new("RGB", (4, 4)).save(root / str(number) / "a.png")
+    source = open_classification(tmp_path)
+    assert len(source.class_names) == 1000
+    assert [source.dataset[i]["label"] for i in range(2)] == [2, 10]
+
+
+def test_shards_by_wildcard(tmp_path: Path) -> None:
+    for name in ("b.tar", "a.tar"):
+        (tmp_path / name).touch()
+    assert expand_shards(f"{tmp_path}/*.tar") == [f"{tmp_path}/a.tar", f"{tmp_path}/b.tar"]
+    with pytest.raises(UserError, match="matches no shard"):
+        expand_shards(f"{tmp_path}/*.tgz")

@@ -15,7 +15,7 @@ from torch import nn
 from end_to_end.runs import flat_tensors
 from neuclip.objectives import OBJECTIVES
 from small_training import SmallModel, make_args, make_batches, make_training
-from training.checkpoint import TrainingState, newest_checkpoint, read_checkpoint, save_checkpoint
+from training.checkpoint import TrainingState, newest_checkpoint, read_checkpoint, remove_leftovers, save_checkpoint
 from training.errors import UserError
 from training.loop import train_one_epoch
 
@@ -282,3 +282,27 @@ def test_newest_checkpoint_ignores_other_files(tmp_path: Path) -> None:
         save_checkpoint({"epoch": 1}, tmp_path / name)
     assert newest_checkpoint(tmp_path) is None
     assert newest_checkpoint(tmp_path / "absent") is None
+
+
+def test_steps_follow_an_epoch_of_another_length(caplog: pytest.LogCaptureFixture) -> None:
+    """On twice the ranks an epoch has half the steps; counting on from the old ones would end the schedule early."""
+    state = _state(epochs=2)
+    state.follow_schedule(4)
+    assert (state.step, state.objective.step, caplog.messages) == (8, 8, [])
+    state.follow_schedule(2)
+    assert (state.step, state.objective.step) == (4, 4)
+    assert "step 4, not 8" in caplog.text
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".epoch_1.pt.123.tmp").write_bytes(b"half")
+    (tmp_path / "epoch_1.pt").write_bytes(b"whole")
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch_1.pt"]
+
+
+@pytest.mark.parametrize(("part", "value"), [("objective", "neuclip"), ("objective", {}), ("state_dict", [1])])
+def test_parts_of_foreign_types_are_refused(part: str, value: Any) -> None:
+    content = _content()
+    content[part] = value
+    assert "no checkpoint of this trainer" in _refusal(content, _state())

@@ -72,9 +72,8 @@ def test_missing_master_address_is_explained(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_alone_needs_no_group() -> None:
     world = connect("cpu", None, "env://", 10)
-    assert (world.rank, world.local_rank, world.size, world.device, world.is_main) == (0, 0, 1, CPU, True)
+    assert (world.rank, world.size, world.device, world.is_main) == (0, 1, CPU, True)
     assert not dist.is_initialized()
-    world.barrier()
     assert world.from_main("x") == "x"
     assert world.check_together(lambda: 3) == 3
     disconnect()
@@ -95,13 +94,13 @@ def test_group_of_one_rank_started_by_torchrun(monkeypatch: pytest.MonkeyPatch) 
 
 def test_other_errors_of_a_check_pass_through() -> None:
     with pytest.raises(ZeroDivisionError):
-        World(0, 0, 1, CPU).check_together(lambda: 1 // 0)
+        World(0, 1, CPU).check_together(lambda: 1 // 0)
 
 
 def together() -> dict[str, object]:
     """What each rank does: collectives of a World, and metrics."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    world = World(rank, 0, size, CPU)
+    world = World(rank, size, CPU)
 
     def complain_on(*ranks: int) -> str:
         def check() -> str:
@@ -128,7 +127,6 @@ def together() -> dict[str, object]:
         "metrics": reduce_metrics(metrics, world),
         "main": world.is_main,
     }
-    world.barrier()
     return found
 
 
@@ -150,4 +148,42 @@ def test_two_ranks_agree() -> None:
 
 def test_metrics_of_one_rank() -> None:
     metrics = {"loss": torch.tensor(2.0, requires_grad=True), "b_max": torch.tensor(3.0)}
-    assert reduce_metrics(metrics, World(0, 0, 1, CPU)) == {"b_max": 3.0, "loss": 2.0}
+    assert reduce_metrics(metrics, World(0, 1, CPU)) == {"b_max": 3.0, "loss": 2.0}
+
+
+def one_fails() -> tuple[str, str]:
+    """What each rank learns when only rank 1 meets a bug, and when the ranks see different files."""
+    world = World(dist.get_rank(), dist.get_world_size(), CPU)
+
+    def check() -> int:
+        return 1 // (1 - world.rank)
+
+    outcome = "none"
+    try:
+        world.check_together(check)
+    except (UserError, ZeroDivisionError) as error:
+        outcome = f"{type(error).__name__}: {error}"
+    same = "none"
+    try:
+        world.check_same(world.rank, "--train-data x")
+    except UserError as error:
+        same = str(error)
+    return outcome, same
+
+
+def test_a_bug_on_one_rank_reaches_the_others() -> None:
+    (first, same_first), (second, same_second) = run_on_ranks(one_fails, 2)
+    assert second.startswith("ZeroDivisionError")
+    assert first.startswith("UserError: ZeroDivisionError")
+    assert "on rank 1" in first
+    assert same_first == same_second
+    assert "--train-data x: rank 0 has 0, rank 1 has 1" in same_first
+
+
+def test_an_interactive_step_of_slurm_counts_its_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    variables = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert environment() == (0, 0, 1)

@@ -68,7 +68,7 @@ BUNDLE = ModelBundle(TwoTowers(SmallModel()), _preprocess, _preprocess, _tokeniz
 def _evaluator(**given: Any) -> Evaluator:
     sets = {"val_data": None, "imagenet_val": None, "imagenet_v2": None, "zeroshot_data": None}
     numbers = {"val_num_samples": None, "epochs": 10, "val_frequency": 1, "zeroshot_frequency": 1}
-    args = Namespace(**{**sets, **numbers, "batch_size": 8, "workers": 0, **given})
+    args = Namespace(**{**sets, **numbers, "batch_size": 8, "workers": 0, "dataset_type": "auto", **given})
     return Evaluator(args, BUNDLE, ALONE, Precision("fp32", "cpu"))
 
 

@@ -28,7 +28,7 @@ def _flags(objective: str) -> tuple[str, ...]:
 
 def _train(objective: str) -> dict[str, Tensor]:
     """Three updates; on as many ranks as there are. Returns the weights."""
-    world = World(dist.get_rank(), 0, dist.get_world_size(), CPU) if dist.is_initialized() else World(0, 0, 1, CPU)
+    world = World(dist.get_rank(), dist.get_world_size(), CPU) if dist.is_initialized() else World(0, 1, CPU)
     training = make_training(make_args(*_flags(objective), *DESCENT), make_batches(3, 8), world)
     train_one_epoch(training, 0)
     return {name: value.detach().clone() for name, value in training.state.towers.state_dict().items()}

@@ -24,7 +24,7 @@ from training.errors import UserError
 from training.model import ModelBundle, TwoTowers, build_model, check_model, copy_model_configs, wrap
 from training.precision import Precision
 
-ALONE = World(0, 0, 1, CPU)
+ALONE = World(0, 1, CPU)
 
 
 @pytest.fixture(autouse=True)
@@ -215,7 +215,7 @@ def test_configs_of_a_folder_are_known_and_copied(tmp_path: Path) -> None:
 
 def gradients_on_ranks(with_bias: bool) -> list[str]:
     """Names of the parameters that a backward pass through the wrapped towers leaves without a gradient."""
-    world = World(torch.distributed.get_rank(), 0, torch.distributed.get_world_size(), CPU)
+    world = World(torch.distributed.get_rank(), torch.distributed.get_world_size(), CPU)
     towers = TwoTowers(SmallModel(logit_bias=-10.0 if with_bias else None))
     wrapped = wrap(make_args(), towers, Objective(), world)
     assert isinstance(wrapped, DistributedDataParallel)

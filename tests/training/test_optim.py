@@ -115,3 +115,33 @@ def test_loading_is_refused_when_groups_differ() -> None:
     present = build_optimizer(make_args(), parameter_groups(towers, towers.model.logit_scale, 0.2))
     with pytest.raises(ValueError, match=r"size|match"):
         load_optimizer_state(present, saved.state_dict())
+
+
+@pytest.mark.parametrize("other", ["lion", "sgd", "lamb"])
+def test_state_of_another_optimizer_is_refused(other: str) -> None:
+    towers = TwoTowers(SmallModel())
+    groups = parameter_groups(towers, towers.model.logit_scale, 0.2)
+    state = build_optimizer(make_args("--optimizer", "adamw"), groups).state_dict()
+    groups = parameter_groups(towers, towers.model.logit_scale, 0.2)
+    with pytest.raises(ValueError, match="another --optimizer"):
+        load_optimizer_state(build_optimizer(make_args("--optimizer", other), groups), state)
+
+
+def test_step_counts_go_where_the_present_optimizer_wants_them() -> None:
+    """A fused AdamW keeps them beside the parameters; a checkpoint written without `fused` must not leave them behind."""
+    parameter = nn.Parameter(torch.ones(3))
+    plain = torch.optim.AdamW([{"role": "decay", "params": [parameter]}], fused=False)
+    parameter.grad = torch.ones(3)
+    plain.step()
+    fused = torch.optim.AdamW([{"role": "decay", "params": [nn.Parameter(torch.ones(3, device="meta"))]}], fused=False)
+    # A meta device stands for the GPU; `fused` is set afterwards because the constructor refuses it there.
+    fused.param_groups[0]["fused"] = True
+    load_optimizer_state(fused, plain.state_dict())
+    assert next(iter(fused.state.values()))["step"].device.type == "meta"
+
+
+def test_lamb_clips_only_when_asked_to() -> None:
+    towers = TwoTowers(SmallModel())
+    groups = parameter_groups(towers, towers.model.logit_scale, 0.2)
+    optimizer = build_optimizer(make_args("--optimizer", "lamb"), groups)
+    assert optimizer.defaults["max_grad_norm"] is None

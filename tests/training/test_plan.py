@@ -44,7 +44,7 @@ def test_rows() -> None:
 
 
 def test_batch_over_several_ranks() -> None:
-    rows = _plan("--batch-size", "4", world=World(0, 0, 3, ALONE.device))
+    rows = _plan("--batch-size", "4", world=World(0, 3, ALONE.device))
     assert rows["ranks"].startswith("3 on cpu")
     assert rows["batch"] == "4 per rank, 12 in all"
 

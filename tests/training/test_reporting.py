@@ -22,7 +22,7 @@ from training.reporting import Reporter, log_to_file, progress_bar, start_loggin
 from training.run_folder import RunFolder
 
 CPU = torch.device("cpu")
-MAIN, OTHER = World(0, 0, 2, CPU), World(1, 1, 2, CPU)
+MAIN, OTHER = World(0, 2, CPU), World(1, 2, CPU)
 
 
 @pytest.fixture

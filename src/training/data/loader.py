@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import signal
 import threading
@@ -174,6 +175,7 @@ def _start_worker(_worker: int) -> None:
 
 def _obey_parent_only() -> None:
     """Ends the worker at a SIGTERM from the training process, which is how one is shut down, and at no other."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    parent = multiprocessing.parent_process()  # not os.getppid(), which may be a fork server
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != (parent.pid if parent else os.getppid()):
         pass
     os._exit(0)
