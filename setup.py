@@ -21,7 +21,7 @@ setup(
     long_description_content_type="text/markdown",
     author="the NeuCLIP training authors",
     license="MIT",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={"training": ["model_configs/*.json"]},

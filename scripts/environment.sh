@@ -14,9 +14,9 @@ prepare_python() {
     local venv="${VIRTUAL_ENV:-${CONDA_PREFIX:-${NEUCLIP_VENV:-.venv}}}"
     if [ ! -x "$venv/bin/python" ]; then
         local python
-        python="$(command -v python3 || command -v python)" || die "no python3 found: install Python 3.10 or newer"
-        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-            die "$("$python" --version) is too old: put Python 3.10 or newer first on PATH"
+        python="$(command -v python3 || command -v python)" || die "no python3 found: install Python 3.11 or newer"
+        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+            die "$("$python" --version) is too old: put Python 3.11 or newer first on PATH"
         say "making a virtual environment in $venv"
         "$python" -m venv "$venv" || die "cannot make $venv: install Python's venv module, or set NEUCLIP_VENV"
     fi

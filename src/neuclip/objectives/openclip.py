@@ -12,8 +12,7 @@ from torch import Tensor
 from neuclip import distributed
 from neuclip.objectives.base import Objective, Output, RunShape
 from neuclip.objectives.global_flags import TITLE, add_global_arguments, check_range, learns_one_temperature
-from neuclip.objectives.reporting import common_metrics
-from neuclip.pairwise import batch_log_means, gather_batch
+from neuclip.objectives.reporting import mini_batch_metrics
 
 
 class OpenCLIP(Objective):
@@ -86,10 +85,7 @@ class OpenCLIP(Objective):
         loss = self.loss(*scaled, logit_scale, logit_bias)
         if not self.report:
             return Output(loss)
-        with torch.no_grad():
-            batch = gather_batch(image_features, text_features)
-            log_means = batch_log_means(batch, logit_scale)
-            return Output(loss, common_metrics(batch, log_means, log_means, log_means, logit_scale, self.rho))
+        return Output(loss, mini_batch_metrics(image_features, text_features, logit_scale, self.rho))
 
 
 class _ScaleGradient(torch.autograd.Function):

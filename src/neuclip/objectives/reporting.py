@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neuclip.pairwise import GlobalBatch
+from neuclip.pairwise import GlobalBatch, batch_log_means, gather_batch
 
 
 def common_metrics(
@@ -43,6 +43,20 @@ def common_metrics(
         "log_normalizer_gap": gap.mean(),
         "log_normalizer_gap_max": gap.max(),
     }
+
+
+@torch.no_grad()
+def mini_batch_metrics(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, rho: float
+) -> dict[str, Tensor]:
+    """`common_metrics` of an objective without normalizers of its own: α is the batch's log g.
+
+    Args:
+        image_features, text_features: [B, d], this rank's, L2-normalised; gathered here.
+    """
+    batch = gather_batch(image_features, text_features)
+    log_means = batch_log_means(batch, logit_scale)
+    return common_metrics(batch, log_means, log_means, log_means, logit_scale, rho)
 
 
 def add_log_eps(log_means: Tensor, log_eps: float) -> Tensor:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from argparse import Namespace, _ArgumentGroup
 
-import torch
 from open_clip.loss import SigLipLoss
 from torch import Tensor
 
 from neuclip import distributed
 from neuclip.objectives.base import Objective, Output, RunShape
 from neuclip.objectives.global_flags import TITLE, add_global_arguments, check_range, learns_one_temperature
-from neuclip.objectives.reporting import common_metrics
-from neuclip.pairwise import batch_log_means, gather_batch
+from neuclip.objectives.reporting import mini_batch_metrics
 
 VARIANTS = ("bidir", "shift", "reduce", "gather")
 
@@ -66,8 +64,5 @@ class SigLIP(Objective):
         loss = self.loss(image_features, text_features, logit_scale, logit_bias)
         if not self.report:
             return Output(loss)
-        with torch.no_grad():
-            batch = gather_batch(image_features, text_features)
-            log_means = batch_log_means(batch, logit_scale)
-            metrics = common_metrics(batch, log_means, log_means, log_means, logit_scale, self.rho)
-            return Output(loss, {**metrics, "logit_bias": logit_bias.detach()})
+        metrics = mini_batch_metrics(image_features, text_features, logit_scale, self.rho)
+        return Output(loss, {**metrics, "logit_bias": logit_bias.detach()})
