@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from neuclip.objectives import Objective
-from training.errors import UserError
+from training.errors import UserError, reason_of
 from training.model import TwoTowers
 from training.optim import load_optimizer_state
 
@@ -149,8 +149,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"--resume {path} cannot be read as a checkpoint: {reason}") from None
+        raise UserError(f"--resume {path} cannot be read as a checkpoint: {reason_of(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"--resume {path} holds a {type(content).__name__}, not a checkpoint")
     return content

@@ -1,5 +1,19 @@
-"""The one exception that a user's mistake raises; the same one in evaluation, whose code training calls."""
+"""What a user's mistake raises, and what libraries say of one in a line."""
+
+import pickle
 
 from evaluation.errors import UserError
 
-__all__ = ["UserError"]
+__all__ = ["UserError", "reason_of"]
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of a library's error, or its type if it has no text.
+
+    What torch says of a file that is no checkpoint, or holds more than tensors and plain values, is left out: it advises to
+    load it in a way that runs code from the file.
+    """
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is no checkpoint, or holds more than tensors and plain values"
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from neuclip.objectives import Objective, TemperatureLearning
 from training.distributed import World
-from training.errors import UserError
+from training.errors import UserError, reason_of
 
 MAX_LOG_LOGIT_SCALE = math.log(100)
 
@@ -172,8 +172,10 @@ def build_model(args: Namespace, objective_class: type[Objective], device: torch
             args.model, cache_dir=args.cache_dir, context_length=args.force_context_length
         )
     except (RuntimeError, OSError, ValueError, TypeError, KeyError, pickle.UnpicklingError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"--model {args.model}: open_clip cannot build it: {first_line}") from error
+        subject = f"--model {args.model}: open_clip cannot build it"
+        if args.pretrained:
+            subject = f"--pretrained {args.pretrained} does not load into --model {args.model}"
+        raise UserError(f"{subject}: {reason_of(error)}") from error
     finally:
         logging.disable(logging.NOTSET)
     towers = TwoTowers(model, objective_class.initial_logit_bias).to(device)
