@@ -18,7 +18,7 @@ import torch.distributed as dist
 from neuclip.objectives import OBJECTIVES, RunShape, build_objective
 from training import distributed
 from training.checkpoint import TrainingState, newest_checkpoint, read_checkpoint, remove_leftovers, save_checkpoint
-from training.data import build_train_loader, check_train_data
+from training.data import TrainLoader, build_train_loader, check_train_data
 from training.distributed import World
 from training.errors import UserError
 from training.evaluate import Evaluator
@@ -74,9 +74,12 @@ def train(args: Namespace, world: World) -> None:
     world.check_together(lambda: _check_inputs(args, folder, world))
 
     bundle = world.check_together(lambda: build_model(args, OBJECTIVES[args.objective], world.device))
-    training = world.check_together(lambda: _assemble(args, world, folder, bundle))
-    loader, state = training.loader, training.state
+    loader = world.check_together(lambda: _open_data(args, world, bundle))
     world.check_same((loader.steps_per_epoch, loader.data_description), f"--train-data {args.train_data}")
+    reporter = world.check_together(lambda: Reporter(args, folder, world))
+    # Not a check: ranks talk to each other in it. What it refuses, it refuses on all of them.
+    training = _assemble(args, world, bundle, loader, reporter)
+    state = training.state
     evaluator = world.check_together(lambda: Evaluator(args, bundle, world, training.precision))
     # One rank chooses, so that all go on from the same file.
     checkpoint = world.from_main(
@@ -135,13 +138,16 @@ def _check_inputs(args: Namespace, folder: RunFolder, world: World) -> None:
         log_to_file(folder.path / "out.log")
 
 
-def _assemble(args: Namespace, world: World, folder: RunFolder, bundle: ModelBundle) -> Training:
-    """Loader, objective, optimizer and schedules around a model."""
+def _open_data(args: Namespace, world: World, bundle: ModelBundle) -> TrainLoader:
     config = data_config(args, OBJECTIVES[args.objective].needs_keys)
     on_gpu = world.device.type == "cuda"
-    loader = build_train_loader(
+    return build_train_loader(
         config, bundle.preprocess_train, bundle.tokenizer, world.rank, world.size, pin_memory=on_gpu
     )
+
+
+def _assemble(args: Namespace, world: World, bundle: ModelBundle, loader: TrainLoader, reporter: Reporter) -> Training:
+    """Objective, optimizer and schedules around a model."""
     shape = RunShape(bundle.embed_dim, args.batch_size, world.size, loader.steps_per_epoch, args.epochs)
     objective = build_objective(args, shape).to(world.device)
     towers = bundle.towers
@@ -156,7 +162,7 @@ def _assemble(args: Namespace, world: World, folder: RunFolder, bundle: ModelBun
         loader=loader,
         rates=LearningRates(optimizer, args, loader.steps_per_epoch, towers.model.logit_scale),
         precision=precision,
-        reporter=Reporter(args, folder, world),
+        reporter=reporter,
     )
 
 
