@@ -67,7 +67,12 @@ def run_together(commands: list[list[str]], variables: list[dict[str, str]]) -> 
         outputs = [process.communicate(timeout=SECONDS) for process in processes]
     finally:
         for process in processes:
-            process.kill()
+            process.terminate()  # torchrun ends its ranks at this, and leaves them behind when killed
+        for process in processes:
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.kill()
     return [
         subprocess.CompletedProcess(command, process.returncode, *output)
         for command, process, output in zip(commands, processes, outputs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+import threading
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -174,3 +175,11 @@ def test_no_bar_where_output_is_no_terminal(capsys: pytest.CaptureFixture[str]) 
             bar.update()
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
+
+
+def test_the_progress_bar_starts_no_thread() -> None:
+    """Workers are forked right after it; see the comment there."""
+    before = set(threading.enumerate())
+    with progress_bar(MAIN, 3, "epoch") as bar:
+        bar.update()
+        assert set(threading.enumerate()) == before

@@ -4,6 +4,7 @@ import hashlib
 import io
 import multiprocessing
 import re
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,5 +109,19 @@ def render_all(jobs: Sequence[Job], workers: int) -> list[Picture | None]:
     """Render many drawings, in the order of the jobs whatever the number of worker processes."""
     if workers == 1:
         return [render(job) for job in jobs]
-    with multiprocessing.Pool(workers) as pool:
-        return pool.map(render, jobs, chunksize=64)
+    pool = multiprocessing.Pool(workers, initializer=_end_at_sigterm)
+    try:
+        pictures = pool.map(render, jobs, chunksize=64)
+        # Not terminate(), as at the end of a with block: a worker that is just being forked loses the signal, and waiting for
+        # it would never end.
+        pool.close()
+    except BaseException:
+        pool.terminate()
+        raise
+    pool.join()
+    return pictures
+
+
+def _end_at_sigterm() -> None:
+    # The builder's own handler, which cleans up, came along with the fork.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
