@@ -143,7 +143,7 @@ def encode_images(
     Args:
         model: has `encode_image`; not wrapped in DDP. Its train or eval mode is the same afterwards.
         loader: batches with `image` and `label`, of this rank's share; may be empty.
-        device, autocast_context, image_dtype: as in `encode_pairs`.
+        device, autocast_context, image_dtype: as in `encode_share`.
 
     Returns:
         Features on `device` and labels on the CPU, in the order of the loader ([0, 0] and [0] for an empty share).

@@ -78,6 +78,16 @@ def check_range(
         raise ValueError(f"--{flag} {value} must be a finite number {bound}: {remedy}")
 
 
+def check_mini_batch_args(args: Namespace) -> None:
+    """Check the shared flags that concern an objective without normalizers of its own.
+
+    Raises:
+        ValueError: --rho or --temperature_scheme is wrong.
+    """
+    check_range(args, "rho", least=0.0, remedy="it enters the reported global_loss; give 0 or a positive number")
+    learns_one_temperature(args)
+
+
 def learns_one_temperature(args: Namespace) -> bool:
     """Whether --temperature_scheme asks for one learnable temperature, or for a constant one.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from neuclip import distributed
 from neuclip.objectives.base import Objective, Output, RunShape
-from neuclip.objectives.global_flags import TITLE, add_global_arguments, check_range, learns_one_temperature
+from neuclip.objectives.global_flags import TITLE, add_global_arguments, check_mini_batch_args, learns_one_temperature
 from neuclip.objectives.reporting import mini_batch_metrics
 
 
@@ -61,8 +61,7 @@ class OpenCLIP(Objective):
 
     @classmethod
     def resolve_args(cls, args: Namespace) -> None:
-        check_range(args, "rho", least=0.0, remedy="it enters the reported global_loss; give 0 or a positive number")
-        learns_one_temperature(args)
+        check_mini_batch_args(args)
 
     @classmethod
     def from_args(cls, args: Namespace, shape: RunShape) -> OpenCLIP:
