@@ -9,9 +9,9 @@ import math
 import re
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from neuclip.objectives import add_arguments as add_objective_arguments
 from neuclip.objectives import resolve as resolve_objective
@@ -273,54 +273,37 @@ def _fill_defaults(args: Namespace) -> None:
         args.force_image_size = args.force_image_size[0]
 
 
-# flag → (least, most) finite values, both included
+class _Range(NamedTuple):
+    """Which finite values a flag takes, and how to say it."""
+
+    holds: Callable[[float], bool]
+    words: str
+
+
+_COUNT = _Range(lambda value: value >= 1, "1 or more")
+_NOT_NEGATIVE = _Range(lambda value: value >= 0, "a finite number of at least 0")
+_POSITIVE = _Range(lambda value: value > 0, "a finite number greater than 0")
+_SHARE = _Range(lambda value: 0 <= value < 1, "at least 0 and below 1")
+# where logit_scale is clamped
+_TEMPERATURE = _Range(lambda value: 0.01 <= value <= 1, "at least 0.01 and at most 1")
+
 _RANGES = {
-    "epochs": (1, math.inf),
-    "log_every_n_steps": (1, math.inf),
-    "warmup": (0, math.inf),
-    "save_frequency": (0, math.inf),
-    "val_frequency": (0, math.inf),
-    "zeroshot_frequency": (0, math.inf),
-    "val_num_samples": (1, math.inf),
-    "dist_timeout": (1, math.inf),
-    "lr": (1e-30, math.inf),
-    "wd": (0, math.inf),
-    "beta1": (0, 1 - 1e-9),
-    "beta2": (0, 1 - 1e-9),
-    "eps": (0, math.inf),
-    "momentum": (0, 1 - 1e-9),
-    "lr_min": (0, math.inf),
-    "grad_clip_norm": (1e-30, math.inf),
-    "epochs_cooldown": (1, math.inf),
-    "lr_cooldown_end": (0, math.inf),
-    "lr_cooldown_power": (0, math.inf),
-    "lr_tau": (0, math.inf),
-    "lock_image_unlocked_groups": (0, math.inf),
-    "lock_text_unlocked_layers": (0, math.inf),
-    "force_patch_dropout": (0, 1 - 1e-9),
-    "temperature": (0.01, 1.0),  # where logit_scale is clamped
+    **dict.fromkeys(("epochs", "log_every_n_steps", "val_num_samples", "dist_timeout", "epochs_cooldown"), _COUNT),
+    **dict.fromkeys(("warmup", "save_frequency", "val_frequency", "zeroshot_frequency"), _NOT_NEGATIVE),
+    **dict.fromkeys(("wd", "eps", "lr_min", "lr_tau", "lr_cooldown_end", "lr_cooldown_power"), _NOT_NEGATIVE),
+    **dict.fromkeys(("lock_image_unlocked_groups", "lock_text_unlocked_layers"), _NOT_NEGATIVE),
+    **dict.fromkeys(("lr", "grad_clip_norm"), _POSITIVE),
+    **dict.fromkeys(("beta1", "beta2", "momentum", "force_patch_dropout"), _SHARE),
+    "temperature": _TEMPERATURE,
 }
 
 
 def _check_ranges(args: Namespace) -> None:
-    for flag, (least, most) in _RANGES.items():
+    for flag, allowed in _RANGES.items():
         value = getattr(args, flag)
-        if value is None or (least <= value <= most and math.isfinite(value)):
-            continue
-        if least in (0, 1e-30) and most == math.inf:
-            bounds = "a finite number of at least 0" if least == 0 else "a finite number greater than 0"
-        elif most == math.inf:
-            bounds = f"{least} or more"
-        else:
-            bounds = f"at least {least:g} and below 1" if most < 1 else f"at least {least:g} and at most {most:g}"
-        raise UserError(f"{_spelled(flag)} {value} is out of range: give {bounds}")
-
-
-def _spelled(name: str) -> str:
-    for action in build_parser()._actions:
-        if action.dest == name:
-            return action.option_strings[0]
-    return f"--{name}"
+        if value is not None and not (math.isfinite(value) and allowed.holds(value)):
+            spelled = next(action.option_strings[0] for action in build_parser()._actions if action.dest == flag)
+            raise UserError(f"{spelled} {value} is out of range: give {allowed.words}")
 
 
 def _check(args: Namespace) -> None:
