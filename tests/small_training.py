@@ -111,7 +111,7 @@ def make_training(args: Namespace, batches: list[Batch], world: World = ALONE, *
     objective = build_objective(args, shape)
     towers = TwoTowers(SmallModel(**model), objective_class.initial_logit_bias)
     wrapped = wrap(args, towers, objective, world)
-    optimizer = build_optimizer(args, parameter_groups(towers, towers.model.logit_scale, args.wd))
+    optimizer = build_optimizer(args, parameter_groups(towers, towers.model.logit_scale, args.wd, objective))
     precision = Precision(args.precision, "cpu")
     return Training(
         args=args,

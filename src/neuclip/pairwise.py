@@ -10,9 +10,12 @@ float32. A pair's weight is exp(h_ij − α_i) with α_i a logarithm too.
 
 A stack of two along the first dimension is always (image anchors, text anchors).
 
-Every rank holds the two blocks e1_local·E2ᵀ and e2_local·E1ᵀ of shape [B, N]. The gradient on a rank's own features has a
+A temperature may be one for all (`logit_scale` 0-dim) or one per anchor and modality (`logit_scale` [2, N]).
+
+Every rank works on the two blocks e1_local·E2ᵀ and e2_local·E1ᵀ of shape [B, N]. The gradient on a rank's own features has a
 part as anchor (needs α of its own B samples) and a part as negative of all N anchors (needs s_kk and α_k of all N: vectors);
-both come out of these two blocks, so gradients of features never cross ranks.
+both come out of these two blocks, so gradients of features never cross ranks. The blocks are formed a chunk of rows at a
+time, and again where they are needed again: what stays for the backward pass has the size of the features.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from neuclip import distributed
 # the batch's own estimate); the ceiling only keeps a wildly wrong prediction finite in float32, squares included.
 LOG_WEIGHT_CEILING = 40.0
 
-# Rows of a [B, N] block are processed in chunks of at most this many elements (64 MiB of float32).
+# Unless told otherwise, a chunk of rows of a [B, N] block has at most this many elements (64 MiB of float32).
 MAX_BLOCK_ELEMENTS = 1 << 24
 
 
@@ -43,12 +46,14 @@ class GlobalBatch:
         positive: [N] similarities s_kk of the matching pairs.
         start: index of this rank's first sample.
         local_size: B, the number of this rank's samples.
+        chunk_rows: rows of a [B, N] block that are formed at a time; None for as many as MAX_BLOCK_ELEMENTS allows.
     """
 
     features: Tensor
     positive: Tensor
     start: int
     local_size: int
+    chunk_rows: int | None = None
 
     @property
     def size(self) -> int:
@@ -60,18 +65,23 @@ class GlobalBatch:
         """The positions of this rank's samples in the global batch."""
         return slice(self.start, self.start + self.local_size)
 
+    def positions(self, rows: slice) -> slice:
+        """Positions in the global batch of a chunk of this rank's rows."""
+        return slice(self.start + rows.start, self.start + rows.stop)
+
     def row_chunks(self) -> Iterator[slice]:
-        """Positions (within this rank's samples) of consecutive chunks of rows whose [rows, N] block fits the budget."""
-        rows = max(1, MAX_BLOCK_ELEMENTS // self.size)
+        """Positions (within this rank's samples) of consecutive chunks of rows."""
+        rows = self.chunk_rows or max(1, MAX_BLOCK_ELEMENTS // self.size)
         for first in range(0, self.local_size, rows):
             yield slice(first, min(first + rows, self.local_size))
 
 
-def gather_batch(image_features: Tensor, text_features: Tensor) -> GlobalBatch:
+def gather_batch(image_features: Tensor, text_features: Tensor, chunk_rows: int | None = None) -> GlobalBatch:
     """Gather the features of all ranks (one message).
 
     Args:
         image_features, text_features: [B, d], L2-normalised.
+        chunk_rows: see GlobalBatch.
 
     Raises:
         ValueError: the global batch has fewer than two samples, so that no sample has a negative.
@@ -86,6 +96,7 @@ def gather_batch(image_features: Tensor, text_features: Tensor) -> GlobalBatch:
         positive=(images * texts).sum(dim=1),
         start=distributed.rank() * image_features.shape[0],
         local_size=image_features.shape[0],
+        chunk_rows=chunk_rows,
     )
 
 
@@ -93,7 +104,7 @@ def batch_log_means(batch: GlobalBatch, logit_scale: Tensor) -> Tensor:
     """log g1_i and log g2_i over the global batch, for this rank's anchors.
 
     Args:
-        logit_scale: 0-dim tensor, 1/τ.
+        logit_scale: 1/τ, 0-dim, or [2, N] with one for each anchor of the global batch.
 
     Returns:
         [2, B].
@@ -102,10 +113,53 @@ def batch_log_means(batch: GlobalBatch, logit_scale: Tensor) -> Tensor:
     for modality in (0, 1):
         for rows in batch.row_chunks():
             similarity = _similarities(batch, modality, rows)
-            logits = (similarity - _positive_of(batch, rows)[:, None]) * logit_scale
+            scale = _scales(logit_scale, modality, batch.positions(rows))
+            logits = (similarity - batch.positive[batch.positions(rows), None]) * scale
             _mask_positive(logits, batch, rows)
             result[modality, rows] = torch.logsumexp(logits, dim=1)
     return result - math.log(batch.size - 1)
+
+
+@dataclass(frozen=True)
+class WeightedPairs:
+    """Sums over the pairs of a batch with weights w_ij = exp(h_ij − α_i), negatives j ≠ i only.
+
+    Attributes:
+        features: [2, B, d]. For this rank's sample k of one modality, with f_j the features of the other modality:
+            Σ_j w_kj·f_j (k as anchor) + Σ_i w_ik·f_i (k as negative of all N anchors i).
+        weights: [2, B], Σ_j w_ij.
+        weighted_logits: [2, B], Σ_j w_ij·h_ij.
+    """
+
+    features: Tensor
+    weights: Tensor
+    weighted_logits: Tensor
+
+
+def weighted_pairs(batch: GlobalBatch, log_normalizers: Tensor, logit_scale: Tensor) -> WeightedPairs:
+    """What the gradient of any global objective is made of, at given log-normalizers α.
+
+    Args:
+        log_normalizers: [2, N], α of every anchor of the global batch.
+        logit_scale: 1/τ, 0-dim, or [2, N] with one for each anchor of the global batch.
+    """
+    features = batch.features.new_zeros((2, batch.local_size, batch.features.shape[2]))
+    weights = batch.features.new_empty((2, batch.local_size))
+    weighted_logits = torch.empty_like(weights)
+    for modality in (0, 1):
+        for rows in batch.row_chunks():
+            own = batch.positions(rows)
+            similarity = _similarities(batch, modality, rows)
+            logits = (similarity - batch.positive[own, None]) * _scales(logit_scale, modality, own)
+            as_anchor = _weights(logits - log_normalizers[modality, own, None], batch, rows)
+            # The same similarities seen from the other side: these samples as negatives of all N anchors.
+            other_scale = logit_scale if logit_scale.dim() == 0 else logit_scale[1 - modality]
+            as_negative = (similarity - batch.positive) * other_scale - log_normalizers[1 - modality]
+            as_negative = _weights(as_negative, batch, rows)
+            weights[modality, rows] = as_anchor.sum(dim=1)
+            weighted_logits[modality, rows] = logits.mul_(as_anchor).sum(dim=1)
+            features[modality, rows] = as_negative.add_(as_anchor) @ batch.features[1 - modality]
+    return WeightedPairs(features, weights, weighted_logits)
 
 
 @dataclass(frozen=True)
@@ -124,38 +178,24 @@ class PairwiseGradient:
 
 
 def pairwise_gradient(batch: GlobalBatch, log_normalizers: Tensor, logit_scale: Tensor) -> PairwiseGradient:
-    """Closed-form gradient of  ½·mean_i τ·[exp(−α1_i)·g1_i + exp(−α2_i)·g2_i]  with α and τ held constant.
+    """Closed-form gradient of  ½·mean_i [τ1_i·exp(−α1_i)·g1_i + τ2_i·exp(−α2_i)·g2_i]  with α and τ held constant.
 
     The mean runs over the N samples of the global batch; the gradient is with respect to this rank's features and multiplied
-    by K, because DistributedDataParallel divides by K. dh_ij/ds_ij = 1/τ cancels the factor τ.
+    by K, because DistributedDataParallel divides by K. dh_ij/ds_ij = 1/τ_i cancels the factor τ_i.
 
     Args:
         log_normalizers: [2, N], α of every anchor of the global batch.
-        logit_scale: 0-dim tensor, 1/τ.
+        logit_scale: 1/τ, 0-dim, or [2, N] with one for each anchor of the global batch.
     """
-    gradient = batch.features.new_zeros((2, batch.local_size, batch.features.shape[2]))
-    row_sums = batch.features.new_empty((2, batch.local_size))
-    weighted_logits = torch.empty_like(row_sums)
-    for modality in (0, 1):
-        candidates = batch.features[1 - modality]
-        for rows in batch.row_chunks():
-            positions = slice(batch.start + rows.start, batch.start + rows.stop)
-            similarity = _similarities(batch, modality, rows)
-            logits = (similarity - batch.positive[positions, None]) * logit_scale
-            as_anchor = _weights(logits - log_normalizers[modality, positions, None], batch, rows)
-            # The same similarities seen from the other side: these samples as negatives of all N anchors.
-            as_negative = (similarity - batch.positive) * logit_scale - log_normalizers[1 - modality]
-            gradient[modality, rows] = (as_anchor + _weights(as_negative, batch, rows)) @ candidates
-            row_sums[modality, rows] = as_anchor.sum(dim=1)
-            weighted_logits[modality, rows] = (as_anchor * logits).sum(dim=1)
+    pairs = weighted_pairs(batch, log_normalizers, logit_scale)
     # Every h_ij contains −s_ii, whose gradient falls on both features of sample i.
-    own = batch.features[:, batch.local].flip(0)
-    gradient -= row_sums.sum(dim=0)[None, :, None] * own
+    partners = batch.features[:, batch.local].flip(0)
+    gradient = pairs.features - pairs.weights.sum(dim=0)[None, :, None] * partners
     negatives = batch.size - 1
     return PairwiseGradient(
         features=gradient / (2 * batch.local_size * negatives),
-        ratio=row_sums / negatives,
-        weighted_logits=weighted_logits / negatives,
+        ratio=pairs.weights / negatives,
+        weighted_logits=pairs.weighted_logits / negatives,
     )
 
 
@@ -195,8 +235,9 @@ def _similarities(batch: GlobalBatch, modality: int, rows: slice) -> Tensor:
     return anchors @ batch.features[1 - modality].T
 
 
-def _positive_of(batch: GlobalBatch, rows: slice) -> Tensor:
-    return batch.positive[batch.local][rows]
+def _scales(logit_scale: Tensor, modality: int, anchors: slice) -> Tensor:
+    """1/τ of some anchors, to be multiplied with a [rows, N] block."""
+    return logit_scale if logit_scale.dim() == 0 else logit_scale[modality, anchors, None]
 
 
 def _mask_positive(block: Tensor, batch: GlobalBatch, rows: slice) -> None:

@@ -12,13 +12,14 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from neuclip.objectives import Output
+from neuclip.objectives import Objective, Output
 from training.checkpoint import TrainingState
 from training.data import Batch, TrainLoader
 from training.distributed import World
+from training.errors import UserError
 from training.precision import Precision
 from training.reporting import Reporter, progress_bar, reduce_metrics
 from training.schedules import LearningRates
@@ -88,6 +89,7 @@ def train_one_epoch(training: Training, epoch: int) -> None:
             is_logged = index == 0 or (index + 1) % args.log_every_n_steps == 0 or index + 1 == steps
             state.objective.report = is_logged
             training.rates.set(state.step)
+            state.objective.temperature_lr = training.rates.sample_temperature(state.step)
             output = training_step(training, batch)
             state.step += 1
             bar.update()
@@ -103,7 +105,7 @@ def training_step(training: Training, batch: Batch) -> Output:
     state, device = training.state, training.world.device
     image = batch.image.to(device, dtype=training.precision.input_dtype, non_blocking=True)
     text = batch.text.to(device, non_blocking=True)
-    keys = None if batch.keys is None else batch.keys.to(device, non_blocking=True)
+    keys = None if batch.keys is None else _checked(state.objective, batch.keys).to(device, non_blocking=True)
 
     with training.precision.autocast():
         image_features, text_features, logit_scale, logit_bias = training.model(image, text)
@@ -118,6 +120,14 @@ def training_step(training: Training, batch: Batch) -> Output:
     state.optimizer.zero_grad(set_to_none=True)
     state.towers.clamp_logit_scale()
     return output
+
+
+def _checked(objective: Objective, keys: Tensor) -> Tensor:
+    try:
+        objective.check_keys(keys)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return keys
 
 
 def _log(training: Training, epoch: int, index: int, output: Output, interval: Interval, bar: tqdm) -> None:

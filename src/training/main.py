@@ -152,7 +152,7 @@ def _assemble(args: Namespace, world: World, bundle: ModelBundle, loader: TrainL
     objective = build_objective(args, shape).to(world.device)
     towers = bundle.towers
     model = wrap(args, towers, objective, world)
-    optimizer = build_optimizer(args, parameter_groups(towers, towers.model.logit_scale, args.wd))
+    optimizer = build_optimizer(args, parameter_groups(towers, towers.model.logit_scale, args.wd, objective))
     precision = Precision(args.precision, world.device.type)
     return Training(
         args=args,

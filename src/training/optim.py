@@ -10,13 +10,17 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from neuclip.objectives import Objective
 from training.schedules import TEMPERATURE_GROUP
 
 
-def parameter_groups(module: nn.Module, logit_scale: nn.Parameter, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    module: nn.Module, logit_scale: nn.Parameter, weight_decay: float, objective: Objective | None = None
+) -> list[dict[str, Any]]:
     """Matrices with weight decay; gains, biases and other vectors without; logit_scale in a group of its own.
 
-    Parameters that are frozen are left out. Each group carries its "role", which is saved with the optimizer's state.
+    What the objective leaves to the outer optimizer follows in a last group. Parameters that are frozen are left out. Each
+    group carries its "role", which is saved with the optimizer's state.
     """
     decayed, plain, temperature = [], [], []
     for parameter in module.parameters():
@@ -31,6 +35,9 @@ def parameter_groups(module: nn.Module, logit_scale: nn.Parameter, weight_decay:
         {"role": "no_decay", "params": plain, "weight_decay": 0.0},
         {"role": TEMPERATURE_GROUP, "params": temperature, "weight_decay": 0.0},
     ]
+    if objective is not None:
+        learnt = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+        groups.append({"role": "objective", "params": learnt, "weight_decay": objective.outer_weight_decay})
     return [group for group in groups if group["params"]]
 
 

@@ -214,8 +214,6 @@ def _optimization(parser: ArgumentParser) -> None:
     add("--lr-cooldown-end", type=float, default=0.0, help="learning rate at the end of the cooldown")
     add("--lr-cooldown-power", type=float, default=1.0, help="1: linear")
     add("--grad-clip-norm", type=float)
-    add("--temperature", type=float, help="initial τ = 1/logit_scale (the objective's own unless given)")
-    add("--lr_tau", type=float, default=-1.0, help="learning rate of the temperature; negative: that of the model")
     add(
         "--lr_tau_scheduler",
         choices=("const", "cosine", "step_thresh"),

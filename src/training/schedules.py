@@ -62,6 +62,8 @@ class LearningRates:
         self.logit_scale = logit_scale
         self.model = _model_schedule(args, steps_per_epoch)
         self.temperature = _temperature_schedule(args, steps_per_epoch)
+        # Temperatures of single samples start where samples are first seen, so a warmup of the run means nothing to them.
+        self.sample_temperature = _temperature_schedule(args, steps_per_epoch, warmup=0)
         self.by_threshold = args.lr_tau_scheduler == "step_thresh" and not args.skip_scheduler
         # Only these accept a learning rate that lives on the device; the others have to wait for its value at each step.
         self.accepts_tensor = isinstance(optimizer, torch.optim.AdamW)
@@ -103,9 +105,10 @@ def _model_schedule(args: Namespace, steps_per_epoch: int) -> Schedule:
     return cooldown(args.lr, args.warmup, total, length, args.lr_cooldown_end, args.lr_cooldown_power)
 
 
-def _temperature_schedule(args: Namespace, steps_per_epoch: int) -> Schedule:
+def _temperature_schedule(args: Namespace, steps_per_epoch: int, warmup: int | None = None) -> Schedule:
+    warmup = args.warmup if warmup is None else warmup
     if args.skip_scheduler:
         return constant(args.lr_tau, 0)
     if args.lr_tau_scheduler == "cosine":
-        return cosine(args.lr_tau, args.warmup, args.epochs * steps_per_epoch, args.lr_min)
-    return constant(args.lr_tau, args.warmup)
+        return cosine(args.lr_tau, warmup, args.epochs * steps_per_epoch, args.lr_min)
+    return constant(args.lr_tau, warmup)

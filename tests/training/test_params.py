@@ -177,6 +177,7 @@ def _group(title: str) -> str:
             "global contrastive objectives",
             ["--rho", "--fastclip_eps", "--gamma", "--data_size", "--temperature_scheme"],
         ),
+        ("temperature and memory of the loss", ["--temperature", "--lr_tau", "--loss-chunk-size"]),
         ("objective openclip", ["--local-loss", "--gather-with-grad"]),
         ("objective siglip", ["--loss-dist-impl"]),
         ("objective neuclip", ["--npn_num_protos", "--npn_repetition", "--npn_restart_iter", "--npn_lr"]),
@@ -185,7 +186,7 @@ def _group(title: str) -> str:
         ("frozen towers", ["--lock-image", "--lock-text", "--lock-image-unlocked-groups"]),
         (
             "optimization",
-            ["--lr", "--wd", "--beta1", "--warmup", "--lr_tau", "--batch-size", "--epochs", "--optimizer"],
+            ["--lr", "--wd", "--beta1", "--warmup", "--lr_tau_scheduler", "--batch-size", "--epochs", "--optimizer"],
         ),
         ("run folder and checkpoints", ["--name", "--logs", "--resume", "--save-frequency", "--save-most-recent"]),
         ("logging", ["--report-to", "--wandb-project-name", "--log-every-n-steps", "--profile", "--debug"]),

@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from neuclip import distributed
+
 
 class TemperatureLearning(enum.Enum):
     """Who changes the temperature during training."""
@@ -75,8 +77,15 @@ class Objective(nn.Module):
 
     Instance attributes:
         temperature_learning: who changes the temperature.
+        temperature_lr: learning rate of the temperature for an objective that changes it itself; a loop sets it before each
+            step.
         report: whether `forward` fills in `Output.metrics`; a loop sets it to False between its logging steps.
+        chunk_rows: rows of a rank's B×N block of pairs that are formed at a time; None for the method's own choice.
         step, epoch: optimizer steps taken so far; current epoch, from 0. Part of the state dict.
+
+    Parameters with requires_grad are for the outer optimizer, with weight decay `outer_weight_decay`; their gradient is the
+    same on every rank when `backward` returns. On several ranks `state_dict` is a collective: all call it, all get the
+    same.
     """
 
     name: ClassVar[str]
@@ -86,13 +95,17 @@ class Objective(nn.Module):
     needs_keys: ClassVar[bool] = False
     initial_temperature: ClassVar[float] = 0.07
     initial_logit_bias: ClassVar[float | None] = None
+    outer_weight_decay: float = 0.0
 
     def __init__(self, learn_temperature: bool = True) -> None:
         super().__init__()
         self.temperature_learning = TemperatureLearning.OUTER if learn_temperature else TemperatureLearning.CONSTANT
+        self.temperature_lr = 0.0
         self.report = True
+        self.chunk_rows: int | None = None
         self.step = 0
         self.epoch = 0
+        self._share: int | None = None
 
     @classmethod
     def add_arguments(cls, group: _ArgumentGroup) -> None:
@@ -115,6 +128,16 @@ class Objective(nn.Module):
         """To be called before the first step of each epoch, counted from 0."""
         self.epoch = epoch
 
+    def check_keys(self, keys: Tensor) -> None:
+        """Check a batch's keys, on the host and before they go to the device: there, looking at them would wait for it.
+
+        Args:
+            keys: [B] int64 on the host.
+
+        Raises:
+            ValueError: this objective has no place for a key; the message names it.
+        """
+
     def forward(
         self,
         image_features: Tensor,
@@ -130,7 +153,11 @@ class Objective(nn.Module):
             logit_scale: 0-dim, 1/τ (not its logarithm).
             logit_bias: 0-dim, for objectives that have one.
             keys: [B] int64, the samples' integer keys in the data set, for objectives that need them.
+
+        Raises:
+            ValueError: shapes differ, or ranks hold shares of different size.
         """
+        self._check_shares(image_features, text_features)
         with torch.autocast(image_features.device.type, enabled=False):
             output = self.compute(
                 _at_least_float32(image_features),
@@ -141,6 +168,22 @@ class Objective(nn.Module):
             )
         self.step += 1
         return output
+
+    def _check_shares(self, image_features: Tensor, text_features: Tensor) -> None:
+        """Raises ValueError unless both modalities and all ranks have equally many samples."""
+        if image_features.shape != text_features.shape:
+            shapes = tuple(image_features.shape), tuple(text_features.shape)
+            raise ValueError(f"image features of shape {shapes[0]} for text features of shape {shapes[1]}: give pairs")
+        size = image_features.shape[0]
+        if size == self._share or not distributed.is_distributed():
+            return
+        if self._share is not None:
+            # Asking the others would need them to ask too, and they may have no reason to.
+            raise ValueError(f"rank {distributed.rank()} has {size} samples after {self._share}: keep shares equal")
+        sizes = distributed.all_gather(torch.tensor([size], device=image_features.device), dim=0).tolist()
+        if len(set(sizes)) > 1:
+            raise ValueError(f"the ranks hold {sizes} samples: every rank needs an equal share of the global batch")
+        self._share = size
 
     def compute(
         self,

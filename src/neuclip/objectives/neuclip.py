@@ -128,7 +128,7 @@ class NeuCLIP(Objective):
         keys: Tensor | None,
     ) -> Output:
         with torch.no_grad():
-            batch = gather_batch(image_features, text_features)
+            batch = gather_batch(image_features, text_features, self.chunk_rows)
             log_means = batch_log_means(batch, logit_scale)
             log_estimate = distributed.all_gather(add_log_eps(log_means, self.log_eps), dim=1)
 

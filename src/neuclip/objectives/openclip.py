@@ -84,7 +84,7 @@ class OpenCLIP(Objective):
         loss = self.loss(*scaled, logit_scale, logit_bias)
         if not self.report:
             return Output(loss)
-        return Output(loss, mini_batch_metrics(image_features, text_features, logit_scale, self.rho))
+        return Output(loss, mini_batch_metrics(image_features, text_features, logit_scale, self.rho, self.chunk_rows))
 
 
 class _ScaleGradient(torch.autograd.Function):

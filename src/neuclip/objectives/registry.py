@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace, _ArgumentGroup
 
 from neuclip.objectives.base import ArgumentAdder, Objective, RunShape
 from neuclip.objectives.neuclip import NeuCLIP
@@ -22,6 +22,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         chosen = " or ".join(_spelled(s, cls) for cls in OBJECTIVES.values() for s in cls.synonyms if flag in s)
         group.add_argument(f"--{flag}", action="store_true", help=f"published spelling: {chosen}")
 
+    _add_common_arguments(parser.add_argument_group("temperature and memory of the loss"))
     shared: dict[ArgumentAdder, str] = {}
     for cls in OBJECTIVES.values():
         shared.update({adder: title for title, adder in cls.shared_arguments})
@@ -30,6 +31,20 @@ def add_arguments(parser: ArgumentParser) -> None:
     for name, cls in OBJECTIVES.items():
         # argparse prints a group without arguments as nothing at all, so that methods without flags take no room.
         cls.add_arguments(parser.add_argument_group(f"objective {name}", cls.summary))
+
+
+def _add_common_arguments(group: _ArgumentGroup) -> None:
+    group.add_argument("--temperature", type=float, help="initial τ = 1/logit_scale (the objective's own unless given)")
+    group.add_argument(
+        "--lr_tau", type=float, default=-1.0, help="learning rate of the temperature; negative: that of the model"
+    )
+    group.add_argument(
+        "--loss-chunk-size",
+        type=int,
+        default=None,
+        help="rows of a rank's B×N block of pairs that are formed at a time, so that the loss needs memory for that many; "
+        "unless given, openclip and siglip form all at once and the others as many as fit 64 MiB",
+    )
 
 
 def resolve(args: Namespace) -> type[Objective]:
@@ -43,13 +58,18 @@ def resolve(args: Namespace) -> type[Objective]:
     cls = OBJECTIVES[args.objective]
     for flag in set().union(*cls.synonyms) if cls.synonyms else ():
         setattr(args, flag, True)
+    if args.loss_chunk_size is not None and args.loss_chunk_size < 1:
+        raise ValueError(f"--loss-chunk-size {args.loss_chunk_size} is too small: give 1 row or more, or leave it out")
     cls.resolve_args(args)
     return cls
 
 
 def build_objective(args: Namespace, shape: RunShape) -> Objective:
     """The objective named by `args.objective`, from arguments that went through `resolve`."""
-    return OBJECTIVES[args.objective].from_args(args, shape)
+    objective = OBJECTIVES[args.objective].from_args(args, shape)
+    objective.chunk_rows = args.loss_chunk_size
+    objective.temperature_lr = max(0.0, args.lr_tau)
+    return objective
 
 
 def _chosen(named: str | None, given: frozenset[str]) -> str:

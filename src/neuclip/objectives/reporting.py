@@ -47,14 +47,14 @@ def common_metrics(
 
 @torch.no_grad()
 def mini_batch_metrics(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, rho: float
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, rho: float, chunk_rows: int | None = None
 ) -> dict[str, Tensor]:
     """`common_metrics` of an objective without normalizers of its own: α is the batch's log g.
 
     Args:
         image_features, text_features: [B, d], this rank's, L2-normalised; gathered here.
     """
-    batch = gather_batch(image_features, text_features)
+    batch = gather_batch(image_features, text_features, chunk_rows)
     log_means = batch_log_means(batch, logit_scale)
     return common_metrics(batch, log_means, log_means, log_means, logit_scale, rho)
 

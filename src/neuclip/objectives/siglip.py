@@ -63,5 +63,5 @@ class SigLIP(Objective):
         loss = self.loss(image_features, text_features, logit_scale, logit_bias)
         if not self.report:
             return Output(loss)
-        metrics = mini_batch_metrics(image_features, text_features, logit_scale, self.rho)
+        metrics = mini_batch_metrics(image_features, text_features, logit_scale, self.rho, self.chunk_rows)
         return Output(loss, {**metrics, "logit_bias": logit_bias.detach()})
