@@ -99,7 +99,8 @@ def make_batches(count: int, size: int, seed: int = 0) -> list[Batch]:
 
 def make_args(*flags: str) -> Namespace:
     """Resolved flags of a run without warmup, in plain float32."""
-    return parse_args(["--dataset-type", "synthetic", "--warmup", "0", "--precision", "fp32", *flags])
+    common = ["--dataset-type", "synthetic", "--warmup", "0", "--precision", "fp32", "--data_size", "1000"]
+    return parse_args([*common, *flags])
 
 
 def make_training(args: Namespace, batches: list[Batch], world: World = ALONE, **model: Any) -> Training:

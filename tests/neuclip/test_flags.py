@@ -65,12 +65,12 @@ def test_every_name_builds_its_objective_and_states_its_spellings(name: str) -> 
     assert type(make_objective(f"--objective {name} --data_size 10", SHAPE)) is OBJECTIVES[name]
     assert OBJECTIVES[name].name == name
     for synonym in OBJECTIVES[name].synonyms:
-        args = parse(" ".join(f"--{flag}" for flag in synonym))
+        args = parse(" ".join(f"--{flag}" for flag in synonym) + " --data_size 10")
         assert resolve(args) is OBJECTIVES[name]
         assert all(getattr(args, flag) for flag in synonym)
 
 
-@pytest.mark.parametrize("line", ["--npn", "--objective neuclip", "--siglip", ""])
+@pytest.mark.parametrize("line", ["--npn", "--objective neuclip", "--siglip", "", "--fastclip --data_size 9"])
 def test_resolving_twice_changes_nothing(line: str) -> None:
     """As when arguments are read back from a checkpoint."""
     args = resolved(line)

@@ -17,7 +17,10 @@ def add_global_arguments(group: _ArgumentGroup) -> None:
         "--rho", type=float, default=8.0, help="ρ of the robust global loss, eq. 1 of the FastCLIP paper"
     )
     group.add_argument(
-        "--fastclip_eps", type=float, default=None, help="ε added to the normalizers g (neuclip: 1e-8 unless given)"
+        "--fastclip_eps",
+        type=float,
+        default=None,
+        help="ε added to the normalizers g (fastclip: 1e-14, neuclip: 1e-8 unless given)",
     )
     group.add_argument(
         "--temperature_scheme",
@@ -26,14 +29,16 @@ def add_global_arguments(group: _ArgumentGroup) -> None:
         help="one learnable temperature, one constant one, or one per sample and modality",
     )
     group.add_argument(
-        "--multiply_tau", action="store_true", help="multiply the loss by the temperature (neuclip always does)"
+        "--multiply_tau",
+        action="store_true",
+        help="multiply the loss by the temperature (neuclip and one temperature per sample always do)",
     )
     group.add_argument(
         "--gamma",
         type=float,
         default=None,
-        help="final weight γ of the batch's own estimate in the normalizer, in [0, 1]; neuclip: 0.42 unless given, "
-        "and 0 switches the mixing off altogether (Algorithm 1 of the paper as printed)",
+        help="final weight γ of the batch's own estimate in the normalizer, in [0, 1]; fastclip: 0.2, neuclip: 0.42 unless "
+        "given; for neuclip 0 switches the mixing off altogether (Algorithm 1 of the paper as printed)",
     )
     group.add_argument(
         "--gamma_schedule",
@@ -41,7 +46,12 @@ def add_global_arguments(group: _ArgumentGroup) -> None:
         default=None,
         help="γ constant, or falling from 1 along a half cosine per epoch (cosine) or per step (cosine_step)",
     )
-    group.add_argument("--gamma_decay_epochs", type=float, default=None, help="length of γ's decay in epochs")
+    group.add_argument(
+        "--gamma_decay_epochs",
+        type=float,
+        default=None,
+        help="length of γ's decay in epochs (fastclip: half the run, neuclip: all of it)",
+    )
     group.add_argument(
         "--data_size",
         type=int,

@@ -25,20 +25,20 @@ def common_metrics(
         log_means: [2, B], log g over the batch.
         log_estimate: [2, B], log(ε + g) over the batch.
         log_normalizers: [2, B], the method's α.
-        logit_scale: 0-dim, 1/τ.
+        logit_scale: 1/τ, 0-dim, or [2, B] with one for each of this rank's anchors.
         rho: ρ of the robust global loss.
 
     Returns:
         contrastive_loss: mean of the two mini-batch cross-entropies, log(1 + (N−1)·g) in terms of g.
         global_loss: ½·mean τ·(α1 + α2) + τρ, the robust global loss (FastCLIP, eq. 1) at α.
-        temperature; log_normalizer (mean α); log_normalizer_gap, log_normalizer_gap_max: |α − batch estimate|.
+        temperature (mean τ); log_normalizer (mean α); log_normalizer_gap, log_normalizer_gap_max: |α − batch estimate|.
     """
     temperature = 1.0 / logit_scale.detach()
     gap = (log_normalizers - log_estimate).abs()
     return {
         "contrastive_loss": F.softplus(log_means + math.log(batch.size - 1)).mean(),
-        "global_loss": temperature * (log_normalizers.mean() + rho),
-        "temperature": temperature,
+        "global_loss": (temperature * (log_normalizers + rho)).mean(),
+        "temperature": temperature.mean(),
         "log_normalizer": log_normalizers.mean(),
         "log_normalizer_gap": gap.mean(),
         "log_normalizer_gap_max": gap.max(),
