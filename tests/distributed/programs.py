@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from neuclip import Objective, RunShape, make_objective
+from neuclip.objectives import TemperatureLearning
 
 GLOBAL_BATCH, INPUT_DIM, EMBED_DIM, DATA_SIZE = 16, 7, 6, 200
 STEPS_PER_EPOCH, EPOCHS = 2, 4
@@ -70,7 +71,9 @@ def global_batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(100 + step)
     shared = torch.randn(GLOBAL_BATCH, INPUT_DIM, generator=generator, dtype=torch.float64)
     noise = torch.randn(2, GLOBAL_BATCH, INPUT_DIM, generator=generator, dtype=torch.float64)
-    keys = torch.randperm(DATA_SIZE // 2, generator=generator)[:GLOBAL_BATCH]
+    # Samples come back after two batches, spread over the whole range of keys.
+    chosen = torch.randperm(2 * GLOBAL_BATCH, generator=torch.Generator().manual_seed(step // 2))
+    keys = chosen[step % 2 * GLOBAL_BATCH :][:GLOBAL_BATCH] * (DATA_SIZE // (2 * GLOBAL_BATCH)) + step % 3
     return shared + 0.5 * noise[0], shared + 0.5 * noise[1], keys
 
 
@@ -88,6 +91,7 @@ def build(flags: str) -> tuple[Objective, nn.Module, nn.Module]:
     shape = RunShape(EMBED_DIM, GLOBAL_BATCH // world_size, world_size, STEPS_PER_EPOCH, EPOCHS)
     objective = make_objective(f"{flags} --data_size {DATA_SIZE}", shape).double()
     model = TwoTowers(objective.initial_temperature, objective.initial_logit_bias).double()
+    model.log_logit_scale.requires_grad_(objective.temperature_learning is TemperatureLearning.OUTER)
     return objective, model, DistributedDataParallel(model) if dist.is_initialized() else model
 
 

@@ -18,6 +18,7 @@ from ranks import run_on_ranks
 
 from .programs import EMBED_DIM, GLOBAL_BATCH, STEPS, Record, run, run_all
 
+FAST = "--fastclip --gamma 0.4 --rho 2"
 NPN = "--objective neuclip --npn_repetition 3"
 VARIANTS = {name: f"--objective {name}" for name in OBJECTIVES} | {
     "openclip, gather with grad": "--objective openclip --gather-with-grad",
@@ -25,6 +26,11 @@ VARIANTS = {name: f"--objective {name}" for name in OBJECTIVES} | {
     "siglip, shift": "--objective siglip --loss-dist-impl shift",
     "siglip, reduce": "--objective siglip --loss-dist-impl reduce",
     "siglip, gather": "--objective siglip --loss-dist-impl gather",
+    "fastclip v1": f"{FAST} --temperature_scheme global_constant",
+    "fastclip v2": f"{FAST} --temperature_scheme individual_learnable --temperature 0.1 --lr_tau 0.02",
+    "fastclip v3": f"{FAST} --multiply_tau",
+    "sogclr": f"{FAST} --temperature_scheme global_constant --gamma_schedule constant",
+    "isogclr": f"{FAST} --temperature_scheme individual_learnable --lr_tau 0.02 --gamma_schedule constant",
     "neuclip, m<N": f"{NPN} --npn_num_protos 6 --npn_restart_iter 3 --gamma_schedule cosine",
     "neuclip, m=N": f"{NPN} --npn_num_protos 16 --npn_restart_iter 0 --gamma_schedule constant --gamma 0.3",
     "neuclip, m>N": f"{NPN} --npn_num_protos 40 --npn_restart_iter 4 --gamma_decay_epochs 1.5",

@@ -60,6 +60,8 @@ def no_host_synchronisation() -> Iterator[None]:
 
 
 RUNS = {name: f"--objective {name}" for name in OBJECTIVES} | {
+    "fastclip v2": "--fastclip --temperature_scheme individual_learnable --gamma_schedule constant",
+    "fastclip v3": "--fastclip --multiply_tau --gamma_schedule constant",
     "neuclip, m<N": "--objective neuclip --npn_num_protos 5 --npn_restart_iter 2",
     "neuclip, m>N": "--objective neuclip --npn_num_protos 20 --npn_restart_iter 4",
     "neuclip, adagrad": "--objective neuclip --npn_num_protos 20 --npn_optimizer adagrad --npn_wd 0.1",

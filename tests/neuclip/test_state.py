@@ -17,6 +17,9 @@ from .conftest import FeatureMaker
 N, DIM, STEPS_PER_EPOCH = 8, 6, 4
 
 RUNS = {name: f"--objective {name}" for name in OBJECTIVES} | {
+    "fastclip v1": "--fastclip --temperature_scheme global_constant --gamma_schedule constant",
+    "fastclip v2": "--fastclip --temperature_scheme individual_learnable --lr_tau 0.02",
+    "fastclip v3": "--fastclip --multiply_tau",
     "neuclip, m<N": "--objective neuclip --npn_num_protos 5 --npn_restart_iter 3",
     "neuclip, m=N": "--objective neuclip --npn_num_protos 8 --npn_restart_iter 5 --gamma_schedule cosine",
     "neuclip, m>N": "--objective neuclip --npn_num_protos 20 --npn_restart_iter 5",

@@ -260,8 +260,10 @@ class IndividualFastCLIP(FastCLIP):
             learnt = self._adam(remembered[2:], gradient.clamp(-GRADIENT_BOUND, GRADIENT_BOUND))
             self._remember(all_keys, torch.cat((averages.log_u, learnt)), remembered)
             value = (temperatures * robust)[:, batch.local].mean()
-        inputs = (image_features, text_features)
-        loss = with_gradients(value, inputs, (pairwise.features[0], pairwise.features[1]))
+            # The model's one temperature takes no part.
+            scale_gradient = torch.zeros_like(logit_scale)
+        inputs = (image_features, text_features, logit_scale)
+        loss = with_gradients(value, inputs, (pairwise.features[0], pairwise.features[1], scale_gradient))
         if not self.report:
             return Output(loss)
         metrics = self._metrics(batch, averages, logit_scales[:, batch.local])
