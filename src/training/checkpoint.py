@@ -1,13 +1,11 @@
 """Checkpoints: tensors and plain Python values only, so that torch.load(weights_only=True) and plain open_clip read them.
 
-A file appears under its final name only when it is whole: it is written under a temporary name, flushed to the disk and
-renamed.
+Tables with numbers for every sample of a large data set stand beside the file (table_files.py).
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 import re
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from neuclip.objectives import Objective
 from training.errors import UserError, reason_of
 from training.model import TwoTowers
 from training.optim import load_optimizer_state
+from training.table_files import large_tables, load_tables, remove_unused
 
 LATEST = "epoch_latest.pt"
 
@@ -42,8 +41,11 @@ class TrainingState:
     epoch: int = 0
     step: int = 0
 
-    def to_checkpoint(self, name: str, model_name: str) -> dict[str, Any]:
-        """The content of a checkpoint file.
+    def to_checkpoint(self, name: str, model_name: str, tables: str | None = None) -> dict[str, Any]:
+        """The content of a checkpoint file. Every rank calls it, since the objective's state may be spread over them.
+
+        Args:
+            tables: name of the folder with the objective's large tables (`save_tables`).
 
         `state_dict` is that of the architecture alone and opens in plain open_clip; a logit_bias that the architecture does
         not have stands beside it.
@@ -58,6 +60,8 @@ class TrainingState:
             "scaler": self.scaler.state_dict(),
             "objective": {"name": self.objective.name, "state_dict": self.objective.state_dict()},
         }
+        if tables is not None:
+            content["tables"] = tables
         if self.towers.extra_logit_bias is not None:
             content["logit_bias"] = self.towers.extra_logit_bias.detach()
         return content
@@ -96,6 +100,8 @@ class TrainingState:
         except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"--resume {path} does not fit the present flags: {reason}") from None
+        if large_tables(self.objective):
+            load_tables(self.objective, path.parent / checkpoint.get("tables", "tables"))
         if checkpoint["scaler"]:  # empty where --precision needed none
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.epoch = checkpoint["epoch"]
@@ -114,28 +120,6 @@ class TrainingState:
                 self.step,
             )
             self.step = self.objective.step = expected
-
-
-def save_checkpoint(content: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint so that `path` is never half-written, not even by a crash of the machine.
-
-    Args:
-        content: nested dicts and lists of tensors and plain values. Tensors go to the file from wherever they are.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the renaming itself
-    finally:
-        os.close(folder)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -159,6 +143,7 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what a process that was killed while saving left behind."""
     for path in folder.glob(".*.pt.*.tmp"):
         path.unlink(missing_ok=True)
+    remove_unused(folder)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from neuclip.objectives import OBJECTIVES, RunShape, build_objective
 from training import distributed
-from training.checkpoint import TrainingState, newest_checkpoint, read_checkpoint, remove_leftovers, save_checkpoint
+from training.atomic_files import write_atomically
+from training.checkpoint import TrainingState, newest_checkpoint, read_checkpoint, remove_leftovers
 from training.data import TrainLoader, build_train_loader, check_train_data
 from training.distributed import World
 from training.errors import UserError
@@ -31,6 +32,7 @@ from training.precision import Precision
 from training.reporting import Reporter, log_to_file, start_logging
 from training.run_folder import RunFolder, default_name
 from training.schedules import LearningRates
+from training.table_files import mark_used, release, save_tables
 
 # A mistake in the flags is found by every rank on its own. The others leave time for rank 0 to say it: slurm ends all tasks
 # when the first one fails.
@@ -100,8 +102,7 @@ def train(args: Namespace, world: World) -> None:
         train_one_epoch(training, epoch)
         state.epoch = epoch + 1
         # Saved before it is evaluated: an evaluation that fails must not cost the epoch.
-        if world.is_main:
-            _save(args, folder, state)
+        _save(args, folder, state, world)
         _evaluate(training, evaluator)
     training.reporter.close()
 
@@ -177,19 +178,33 @@ def _checkpoint_to_resume(args: Namespace, folder: RunFolder) -> Path | None:
     return newest
 
 
-def _save(args: Namespace, folder: RunFolder, state: TrainingState) -> None:
-    content = state.to_checkpoint(args.name, args.model)
+def _save(args: Namespace, folder: RunFolder, state: TrainingState, world: World) -> None:
+    """Write what is due after an epoch. All ranks hand in their part of the state, rank 0 writes the files."""
     last = state.epoch == args.stop_epochs
-    if last or (args.save_frequency > 0 and state.epoch % args.save_frequency == 0):
-        save_checkpoint(content, folder.checkpoints / f"epoch_{state.epoch}.pt")
-        logging.info("saved %s", folder.checkpoints / f"epoch_{state.epoch}.pt")
-        if args.delete_previous_checkpoint:
-            for path in folder.checkpoints.glob("epoch_*.pt"):
-                number = path.stem.removeprefix("epoch_")
-                if number.isdecimal() and int(number) < state.epoch:
-                    path.unlink()
-    if args.save_most_recent:
-        save_checkpoint(content, folder.checkpoints / "epoch_latest.pt")
+    due = last or (args.save_frequency > 0 and state.epoch % args.save_frequency == 0)
+    numbered, latest = folder.checkpoints / f"epoch_{state.epoch}.pt", folder.checkpoints / "epoch_latest.pt"
+    paths = [path for path, wanted in ((numbered, due), (latest, args.save_most_recent)) if wanted]
+    if not paths:
+        return
+    tables = save_tables(state.objective, folder.checkpoints, state.step, world)
+    content = state.to_checkpoint(args.name, args.model, tables)
+    if not world.is_main:
+        return
+    for path in paths:
+        mark_used(folder.checkpoints, tables, path)
+        write_atomically(path, content)
+        release(folder.checkpoints, path, keep=tables)
+        logging.info("saved %s", path)
+    if due and args.delete_previous_checkpoint:
+        _delete_before(state.epoch, folder)
+
+
+def _delete_before(epoch: int, folder: RunFolder) -> None:
+    for path in folder.checkpoints.glob("epoch_*.pt"):
+        number = path.stem.removeprefix("epoch_")
+        if number.isdecimal() and int(number) < epoch:
+            path.unlink()
+            release(folder.checkpoints, path)
 
 
 def cli() -> None:

@@ -98,6 +98,7 @@ def data_config(args: Namespace, needs_keys: bool) -> DataConfig:
         seed=args.seed,
         shuffle_buffer=args.shuffle_buffer,
         needs_keys=needs_keys,
+        data_size=args.data_size,
     )
 
 

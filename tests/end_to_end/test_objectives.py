@@ -25,7 +25,7 @@ TIMINGS = {"samples_per_second", "seconds_per_step", "data_wait_share"}
 def _flags(corpus: Corpus, objective: str, ranks: int, logs: Path, name: str) -> list[str]:
     return [
         *corpus.model,
-        *("--objective", objective, "--npn_num_protos", "48", "--npn_restart_iter", "8"),
+        *("--objective", objective, "--npn_num_protos", "48", "--npn_restart_iter", "8", "--data_size", "700"),
         *("--train-data", corpus.train, "--batch-size", str(GLOBAL_BATCH // ranks), "--workers", "1"),
         *("--epochs", str(EPOCHS), "--lr", "2e-3", "--lr_tau", "1e-3", "--beta2", "0.95", "--warmup", "4"),
         *("--logs", str(logs), "--name", name, "--log-every-n-steps", "1", "--seed", "6", "--device", "cpu"),

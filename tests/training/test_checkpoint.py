@@ -15,7 +15,8 @@ from torch import nn
 from end_to_end.runs import flat_tensors
 from neuclip.objectives import OBJECTIVES
 from small_training import SmallModel, make_args, make_batches, make_training
-from training.checkpoint import TrainingState, newest_checkpoint, read_checkpoint, remove_leftovers, save_checkpoint
+from training.atomic_files import write_atomically
+from training.checkpoint import TrainingState, newest_checkpoint, read_checkpoint, remove_leftovers
 from training.errors import UserError
 from training.loop import train_one_epoch
 
@@ -38,7 +39,7 @@ def _content(objective: str = "neuclip", epochs: int = 1, **model: Any) -> dict[
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
 def test_round_trip_restores_everything(objective: str, tmp_path: Path) -> None:
     content = _content(objective, epochs=2)
-    save_checkpoint(content, tmp_path / "epoch_2.pt")
+    write_atomically(tmp_path / "epoch_2.pt", content)
     state = _state(objective)
     state.load(read_checkpoint(tmp_path / "epoch_2.pt"), tmp_path / "epoch_2.pt", "small")
     assert (state.epoch, state.step) == (2, 8)
@@ -67,7 +68,7 @@ def test_holds_tensors_and_plain_values_only(objective: str, tmp_path: Path) -> 
     content = _content(objective)
     walk(content, "")
     assert {"epoch", "step", "name", "model", "state_dict", "optimizer", "scaler", "objective"} <= content.keys()
-    save_checkpoint(content, tmp_path / "epoch_1.pt")
+    write_atomically(tmp_path / "epoch_1.pt", content)
     walk(torch.load(tmp_path / "epoch_1.pt", weights_only=True), "")
 
 
@@ -91,7 +92,7 @@ def test_bias_of_the_architecture_stays_inside() -> None:
 
 def test_failure_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "epoch_1.pt"
-    save_checkpoint({"epoch": 1}, path)
+    write_atomically(path, {"epoch": 1})
 
     def full_disk(content: Any, file: Any) -> None:
         file.write(b"half of it")
@@ -99,7 +100,7 @@ def test_failure_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="No space"):
-        save_checkpoint({"epoch": 2}, path)
+        write_atomically(path, {"epoch": 2})
     monkeypatch.undo()
     assert read_checkpoint(path) == {"epoch": 1}
     assert list(tmp_path.iterdir()) == [path]
@@ -107,7 +108,7 @@ def test_failure_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: 
 
 def test_failure_of_the_first_write_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="pickle"):
-        save_checkpoint({"epoch": lambda: 1}, tmp_path / "epoch_1.pt")
+        write_atomically(tmp_path / "epoch_1.pt", {"epoch": lambda: 1})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -116,7 +117,7 @@ def test_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch:
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: (events.append("fsync"), fsync(file))[1])
     monkeypatch.setattr(os, "replace", lambda *names: (events.append("replace"), replace(*names))[1])
-    save_checkpoint({"epoch": 1}, tmp_path / "epoch_1.pt")
+    write_atomically(tmp_path / "epoch_1.pt", {"epoch": 1})
     assert events == ["fsync", "replace", "fsync"]
 
 
@@ -222,7 +223,7 @@ def test_scaler_is_restored() -> None:
 
 def _unreadable(folder: Path) -> dict[str, Path]:
     whole = folder / "whole.pt"
-    save_checkpoint({"epoch": 1, "weights": torch.zeros(1000)}, whole)
+    write_atomically(whole, {"epoch": 1, "weights": torch.zeros(1000)})
     content = whole.read_bytes()
     files = {
         "empty": b"",
@@ -260,7 +261,7 @@ def _touch(path: Path, seconds: int) -> Path:
 
 def test_newest_checkpoint_is_the_last_written(tmp_path: Path) -> None:
     for name, seconds in (("epoch_9.pt", 100), ("epoch_10.pt", 200), ("epoch_latest.pt", 300), ("epoch_2.pt", 50)):
-        save_checkpoint({"epoch": 1}, tmp_path / name)
+        write_atomically(tmp_path / name, {"epoch": 1})
         _touch(tmp_path / name, seconds)
     assert newest_checkpoint(tmp_path) == tmp_path / "epoch_latest.pt"
     _touch(tmp_path / "epoch_10.pt", 400)
@@ -268,7 +269,7 @@ def test_newest_checkpoint_is_the_last_written(tmp_path: Path) -> None:
 
 
 def test_newest_checkpoint_passes_over_what_is_broken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    save_checkpoint({"epoch": 1}, tmp_path / "epoch_1.pt")
+    write_atomically(tmp_path / "epoch_1.pt", {"epoch": 1})
     _touch(tmp_path / "epoch_1.pt", 100)
     (tmp_path / "epoch_2.pt").write_bytes((tmp_path / "epoch_1.pt").read_bytes()[:100])
     with caplog.at_level(logging.WARNING):
@@ -279,7 +280,7 @@ def test_newest_checkpoint_passes_over_what_is_broken(tmp_path: Path, caplog: py
 
 def test_newest_checkpoint_ignores_other_files(tmp_path: Path) -> None:
     for name in (".epoch_1.pt.77.tmp", "epoch_best.pt", "weights.pt", "epoch_1.pt.bak"):
-        save_checkpoint({"epoch": 1}, tmp_path / name)
+        write_atomically(tmp_path / name, {"epoch": 1})
     assert newest_checkpoint(tmp_path) is None
     assert newest_checkpoint(tmp_path / "absent") is None
 

@@ -269,6 +269,7 @@ def test_data_config_takes_over_every_field() -> None:
         "batch_size": 5,
         "seed": 11,
         "shuffle_buffer": 13,
+        "data_size": 90,
     }
     words = [
         part

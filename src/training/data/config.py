@@ -41,6 +41,7 @@ class DataConfig:
     batch_size: samples of one rank's batch.
     shuffle_buffer: samples each worker holds, undecoded, to shuffle among.
     needs_keys: the objective keeps state per sample, so a sample without an integer key is unusable.
+    data_size: number of integer keys that such an objective has places for, None for any.
     """
 
     train_data: str | None
@@ -56,6 +57,7 @@ class DataConfig:
     seed: int = 0
     shuffle_buffer: int = 5000
     needs_keys: bool = False
+    data_size: int | None = None
 
 
 def check_flags(config: DataConfig) -> None:

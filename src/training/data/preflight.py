@@ -40,6 +40,7 @@ def check_train_data(config: DataConfig, world_size: int = 1) -> None:
         _check_shards(config, world_size)
     elif kind == "csv":
         rows = read_csv(config)
+        _check_keys(config, f"--train-data {config.train_data}", [len(rows) - 1])
         plan_steps(config, world_size, len(rows))
         _check_first_rows(config, rows)
     else:
@@ -75,8 +76,7 @@ def _check_first_samples(config: DataConfig, urls: Sequence[str]) -> None:
     """Checks that among the first samples of a source one has all that is needed."""
     problems: list[str] = []
     for url in urls[:CHECKED_SAMPLES]:
-        part = ShardSlice(Shard(url, 0), stop=CHECKED_SAMPLES)
-        groups = list(read_groups(part, lambda _url, problem: problems.append(problem)))
+        groups = _first_groups(url, problems)
         if groups:
             break
     else:
@@ -95,6 +95,25 @@ def _check_first_samples(config: DataConfig, urls: Sequence[str]) -> None:
         raise UserError(
             f"--train-data: the objective keeps state per sample and needs integer keys, {there}, no .json with "
             '{"key": 17} or {"key": "000017"} among them; number the samples, or choose an objective without such state'
+        )
+    # Keys grow from shard to shard as a rule: a number that is too small shows at the end.
+    if config.needs_keys and local_path(urls[-1]) is not None:
+        samples += [from_members(members) for members in _first_groups(urls[-1], problems)]
+    keys = [parse_key(sample.key) for sample in samples]
+    _check_keys(config, f"{url} or {urls[-1]}", [key for key in keys if key is not None])
+
+
+def _first_groups(url: str, problems: list[str]) -> list[dict[str, bytes]]:
+    part = ShardSlice(Shard(url, 0), stop=CHECKED_SAMPLES)
+    return list(read_groups(part, lambda _url, problem: problems.append(problem)))
+
+
+def _check_keys(config: DataConfig, where: str, keys: Sequence[int]) -> None:
+    """Checks that a table by keys, if the objective has one, has places for these."""
+    if config.needs_keys and config.data_size is not None and max(keys, default=0) >= config.data_size:
+        raise UserError(
+            f"--data_size {config.data_size} is too small: {where} has a sample with the key {max(keys)}; it counts the "
+            f"integer keys, gaps included, so give at least the largest one + 1"
         )
 
 

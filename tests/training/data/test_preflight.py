@@ -115,3 +115,20 @@ def test_a_sizes_file_that_makes_no_sense(kit, tmp_path: Path, text: str) -> Non
     (tmp_path / "sizes.json").write_text(text)
     with pytest.raises(UserError, match=r"sizes\.json .*python -m training.data.index"):
         check_train_data(kit.config(tmp_path))
+
+
+def test_keys_beyond_the_data_size(kit, tmp_path: Path) -> None:
+    """Samples are looked at in the first shard and in the last."""
+    kit.write_shards(tmp_path, [8, 8, 8])
+    check_train_data(kit.config(tmp_path, data_size=24))
+    with pytest.raises(UserError, match=r"--data_size 23 is too small: .*00002\.tar has a sample with the key 23"):
+        check_train_data(kit.config(tmp_path, data_size=23))
+    check_train_data(kit.config(tmp_path, data_size=3, needs_keys=False))
+
+
+def test_rows_beyond_the_data_size(kit, tmp_path: Path) -> None:
+    (tmp_path / "image.png").write_bytes(kit.image_bytes(0))
+    (tmp_path / "rows.csv").write_text("filepath\ttitle\n" + f"{tmp_path}/image.png\ta\n" * 8)
+    check_train_data(kit.config(tmp_path / "rows.csv", data_size=8))
+    with pytest.raises(UserError, match=r"--data_size 7 is too small: .*rows\.csv has a sample with the key 7"):
+        check_train_data(kit.config(tmp_path / "rows.csv", data_size=7))

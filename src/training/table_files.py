@@ -1,0 +1,140 @@
+"""Per-sample tables that are too large for a checkpoint file, in parts beside it; every rank writes the rows that it holds.
+
+    checkpoints/epoch_3.pt                       names the folder
+    checkpoints/tables-5400-1f0c9a2e/            5400: the step
+        table.000000000000-000119999999.pt       rows by their numbers, so that any number of ranks can read them
+        table.000120000000-000239999999.pt
+        epoch_3.pt.user                          empty: the checkpoint of that name needs this folder
+
+Each folder is written once, under a name of its own, before the checkpoint that names it appears.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from neuclip.normalizers import ShardedTable
+from neuclip.objectives import Objective
+from training.atomic_files import write_atomically
+from training.distributed import World
+from training.errors import UserError, reason_of
+
+# Larger parts would only need more memory while they are copied from a GPU.
+PART_BYTES = 10**9
+
+_PART = re.compile(r"(?P<name>.+)\.(?P<first>\d{12,})-(?P<last>\d{12,})\.pt")
+_USER = ".user"
+
+
+def large_tables(objective: Objective) -> dict[str, ShardedTable]:
+    """The objective's tables that its state dict leaves out, by the name of their module."""
+    return {
+        name: module
+        for name, module in objective.named_modules()
+        if isinstance(module, ShardedTable) and not module.in_state_dict
+    }
+
+
+def save_tables(objective: Objective, checkpoints: Path, step: int, world: World) -> str | None:
+    """Write all parts. Every rank calls it; when it returns, all have written theirs.
+
+    Returns:
+        The name of the folder within `checkpoints`; None if there is nothing to write.
+
+    Raises:
+        OSError: a part cannot be written (on that rank; UserError on the others).
+    """
+    tables = large_tables(objective)
+    if not tables:
+        return None
+    folder = checkpoints / world.from_main(f"tables-{step}-{secrets.token_hex(4)}")
+    world.check_together(lambda: _write_parts(tables, folder))
+    return folder.name
+
+
+def load_tables(objective: Objective, folder: Path) -> None:
+    """Fill the rows that this rank holds from the parts that have them.
+
+    Raises:
+        UserError: parts are missing or unreadable.
+    """
+    for name, table in large_tables(objective).items():
+        expected = 0
+        for path, first, last in _parts(folder, name):
+            if first != expected:
+                break
+            expected = last + 1
+            if first < table.first_row + table.num_local_rows and last >= table.first_row:
+                table.fill(first, _read_part(path))
+        if expected != table.rows:
+            raise UserError(
+                f"--resume needs the per-sample tables in {folder}, which end at row {expected} of {table.rows}: "
+                "keep that folder beside its checkpoint"
+            )
+
+
+def mark_used(checkpoints: Path, folder: str | None, checkpoint: Path) -> None:
+    """Note that a checkpoint of that name is about to be written and needs the folder."""
+    if folder is not None:
+        (checkpoints / folder / (checkpoint.name + _USER)).touch()
+
+
+def release(checkpoints: Path, checkpoint: Path, keep: str | None = None) -> None:
+    """Remove the tables that a checkpoint needed, unless another needs them too.
+
+    Args:
+        checkpoint: its file was removed, or replaced by one that needs the folder `keep`.
+    """
+    for mark in checkpoints.glob(f"tables-*/{checkpoint.name}{_USER}"):
+        if mark.parent.name != keep:
+            mark.unlink()
+            _remove_if_unused(mark.parent)
+
+
+def remove_unused(checkpoints: Path) -> None:
+    """Remove what a process that was killed while saving left behind. No checkpoint was written for such a folder."""
+    for folder in checkpoints.glob("tables-*"):
+        _remove_if_unused(folder)
+
+
+def _remove_if_unused(folder: Path) -> None:
+    if not any(folder.glob("*" + _USER)):
+        shutil.rmtree(folder)
+
+
+def _write_parts(tables: dict[str, ShardedTable], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items():
+        rows = table.local_rows()
+        step = max(1, PART_BYTES // (rows.shape[1] * rows.element_size()))
+        for begin in range(0, len(rows), step):
+            # A copy of its own: a view would be saved with everything it is a view of.
+            part = rows[begin : begin + step].to("cpu", copy=True)
+            first = table.first_row + begin
+            write_atomically(folder / f"{name}.{first:012d}-{first + len(part) - 1:012d}.pt", part)
+
+
+def _parts(folder: Path, name: str) -> Iterator[tuple[Path, int, int]]:
+    """(file, first row, last row) of a table's parts in the order of their rows."""
+    found = []
+    for path in folder.glob("*.pt") if folder.is_dir() else ():
+        match = _PART.fullmatch(path.name)
+        if match is not None and match["name"] == name:
+            found.append((int(match["first"]), int(match["last"]), path))
+    for first, last, path in sorted(found):
+        yield path, first, last
+
+
+def _read_part(path: Path) -> torch.Tensor:
+    try:
+        # Mapped, not read: of a part that two ranks share each copies its rows only.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # type: ignore[no-any-return]
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+        raise UserError(f"--resume: {path} cannot be read as part of a table: {reason_of(error)}") from None

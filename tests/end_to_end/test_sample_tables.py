@@ -1,0 +1,103 @@
+"""Objectives with numbers for every sample, from the command line: large tables beside the checkpoint, keys out of range."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from end_to_end.corpus import Corpus
+from end_to_end.runs import flat_tensors, read_checkpoint_file
+from neuclip.normalizers import table
+
+FLAGS = (
+    "--fastclip",
+    "--temperature_scheme",
+    "individual_learnable",
+    "--lr_tau",
+    "0.01",
+    "--lr_tau_scheduler",
+    "const",
+)
+
+
+def _flags(corpus: Corpus, name: str, *more: str) -> list[str]:
+    common = ["--train-data", corpus.train, "--name", name, "--batch-size", "16", "--warmup", "0", "--epochs", "3"]
+    return [*FLAGS, "--data_size", "700", *common, *more]
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables stand beside the checkpoint from the first byte on."""
+    monkeypatch.setattr(table, "STATE_DICT_LIMIT", 0)
+
+
+@pytest.mark.usefixtures("large")
+def test_a_run_with_large_tables_resumes_bit_by_bit(train: Callable[..., int], corpus: Corpus, tmp_path: Path) -> None:
+    assert train(*_flags(corpus, "whole")) == 0
+    assert train(*_flags(corpus, "parts", "--stop_epochs", "1")) == 0
+    assert train(*_flags(corpus, "parts", "--resume", "latest")) == 0
+    logs = tmp_path / "logs"
+    checkpoints = [read_checkpoint_file(logs / name / "checkpoints" / "epoch_3.pt") for name in ("whole", "parts")]
+    folders = [
+        logs / name / "checkpoints" / content.pop("tables") for name, content in zip(("whole", "parts"), checkpoints)
+    ]
+    contents = [flat_tensors(content) for content in checkpoints]
+    assert contents[0].keys() == contents[1].keys()
+    assert [place for place in contents[0] if not torch.equal(contents[0][place], contents[1][place])] == []
+    (part,) = [path.name for path in folders[0].glob("*.pt")]
+    tables = [torch.load(folder / part, weights_only=True) for folder in folders]
+    assert tables[0].shape == (700, 8)
+    assert torch.isfinite(tables[0][:, 0]).sum() > 190
+    assert torch.equal(tables[0], tables[1])
+
+
+@pytest.mark.usefixtures("large")
+def test_tables_come_and_go_with_their_checkpoints(train: Callable[..., int], corpus: Corpus, tmp_path: Path) -> None:
+    flags = _flags(corpus, "run", "--save-most-recent", "--delete-previous-checkpoint")
+    assert train(*flags) == 0
+    checkpoints = tmp_path / "logs" / "run" / "checkpoints"
+    (folder,) = checkpoints.glob("tables-*")
+    assert {path.name for path in checkpoints.iterdir()} == {"epoch_3.pt", "epoch_latest.pt", folder.name}
+    for name in ("epoch_3.pt", "epoch_latest.pt"):
+        assert read_checkpoint_file(checkpoints / name)["tables"] == folder.name
+
+
+@pytest.mark.usefixtures("large")
+def test_lost_tables_are_missed(
+    train: Callable[..., int], corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(*_flags(corpus, "run", "--stop_epochs", "1")) == 0
+    (folder,) = (tmp_path / "logs" / "run" / "checkpoints").glob("tables-*")
+    folder.rename(tmp_path / "elsewhere")
+    capsys.readouterr()
+    assert train(*_flags(corpus, "run", "--resume", "latest")) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: --resume needs the per-sample tables in {folder}")
+    assert len(message.splitlines()) == 1
+
+
+def test_another_data_size_is_refused(
+    train: Callable[..., int], corpus: Corpus, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(*_flags(corpus, "run", "--stop_epochs", "1")) == 0
+    capsys.readouterr()
+    assert train(*_flags(corpus, "run", "--resume", "latest", "--data_size", "800")) == 2
+    message = capsys.readouterr().err
+    assert "--data_size" in message
+    assert "700" in message
+    assert "800" in message
+
+
+def test_a_key_out_of_range_in_the_middle_of_an_epoch(
+    train: Callable[..., int], corpus: Corpus, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the look at the first and the last shard does not find it, the step that meets it does."""
+    monkeypatch.setattr("training.data.preflight._check_keys", lambda *_: None)
+    assert train(*_flags(corpus, "run", "--data_size", "210")) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: a training sample has the key ")
+    assert "--data_size 210" in message
+    assert "give at least" in message
