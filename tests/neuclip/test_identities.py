@@ -91,6 +91,47 @@ def test_neuclip_with_gamma_1_is_the_global_loss_of_the_mini_batch(m: int, eps: 
             torch.testing.assert_close(value, target, **EXACT)
 
 
+@pytest.mark.parametrize("eps", [0.0, 1e-14, 0.1])
+def test_fastclip_with_gamma_1_is_the_global_loss_of_the_mini_batch(eps: float, features: FeatureMaker) -> None:
+    """Whatever it remembers; and so it is NeuCLIP with γ = 1."""
+    flags = f"--gamma 1 --gamma_schedule constant --rho 6.5 --fastclip_eps {eps}"
+    fastclip = make(f"--fastclip --multiply_tau --data_size {N} {flags}")
+    neuclip = make(f"--fastclip --npn --npn_num_protos 4 {flags}")
+    for seed in range(3):
+        images, texts = features(seed, N)
+        inputs = (images, texts, scalar(11.0 + seed))
+        loss = fastclip(*inputs, None, torch.arange(N)).loss
+        expected = batch_global_loss(images, texts, 1 / inputs[2], eps, 6.5)
+        same = neuclip(*inputs).loss
+        torch.testing.assert_close(loss, expected, **EXACT)
+        torch.testing.assert_close(loss, same, **EXACT)
+        gradients = [torch.autograd.grad(value, inputs) for value in (loss, expected, same)]
+        for value, target, other in zip(*gradients):
+            torch.testing.assert_close(value, target, **EXACT)
+            torch.testing.assert_close(value, other, **EXACT)
+
+
+def test_fastclip_on_one_batch_again_and_again_has_the_batch_estimate(features: FeatureMaker) -> None:
+    """A moving average of one and the same value is that value, whatever γ."""
+    objective = make(f"--fastclip --multiply_tau --gamma 0.3 --gamma_schedule constant --data_size {N}")
+    images, texts = features(0, N)
+    for _ in range(4):
+        metrics = objective(images, texts, scalar(10.0), None, torch.arange(N)).metrics
+        assert float(metrics["log_normalizer_gap_max"]) < 1e-12
+
+
+def test_fastclip_versions_share_the_direction_of_the_encoders(features: FeatureMaker) -> None:
+    """The factor τ is all that differs between v0 and v3, and v2 begins as v3 does."""
+    images, texts = features(0, N)
+    found = {}
+    for name, flags in {"v0": "", "v3": "--multiply_tau", "v2": "--temperature_scheme individual_learnable"}.items():
+        objective = make(f"--fastclip --temperature 0.125 {flags} --data_size {N}")
+        loss = objective(images, texts, scalar(8.0), None, torch.arange(N)).loss
+        found[name] = torch.stack(torch.autograd.grad(loss, (images, texts)))
+    torch.testing.assert_close(found["v0"], 8.0 * found["v3"], **EXACT)
+    torch.testing.assert_close(found["v2"], found["v3"], **EXACT)
+
+
 def test_the_global_loss_of_a_batch_is_near_tau_times_the_cross_entropies(features: FeatureMaker) -> None:
     """With hard negatives log(1 + (N−1)·g) ≈ log(N−1) + log g, so that learning rates carry over from OpenCLIP."""
     images, texts = features(0, N)
