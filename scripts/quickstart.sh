@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a trained and evaluated small CLIP model: environment, data, training, evaluation.
 #
-#   ./scripts/quickstart.sh [--objective openclip|siglip|neuclip] [more flags of src/training/main.py]
+#   ./scripts/quickstart.sh [--objective openclip|siglip|fastclip|amorlip|neuclip] [more flags of src/training/main.py]
 #
 # A second call goes on where the first one stopped, or shows what is there. Runs of several objectives are compared.
 set -euo pipefail
@@ -15,7 +15,7 @@ objective=neuclip
 flags=()
 while [ $# -gt 0 ]; do
     case "$1" in
-        --objective) [ $# -gt 1 ] || die "--objective needs a value: openclip, siglip or neuclip"; objective="$2"; shift 2 ;;
+        --objective) [ $# -gt 1 ] || die "--objective needs a value: openclip, siglip, fastclip, amorlip or neuclip"; objective="$2"; shift 2 ;;
         --objective=*) objective="${1#*=}"; shift ;;
         --name | --name=* | --logs | --logs=*) die "$1: the quickstart names its runs itself; set NEUCLIP_LOGS, or call src/training/main.py" ;;
         -h | --help) sed -n '2,6s/^# \{0,1\}//p' scripts/quickstart.sh; exit 0 ;;
@@ -46,7 +46,7 @@ began=$SECONDS
     --model quickstart --model-config src/training/model_configs/quickstart.json \
     --train-data "$DATA/train" --val-data "$DATA/test" --zeroshot-data "$DATA/zeroshot" \
     --epochs $EPOCHS --batch-size 256 --lr 1e-3 --wd 0.1 --warmup 100 --beta2 0.98 --eps 1e-6 \
-    --lr_tau 2e-4 --rho 8 --npn_num_protos 1024 --npn_restart_iter 100 \
+    --lr_tau 2e-4 --rho 8 --npn_num_protos 1024 --npn_restart_iter 100 --data_size 30000 \
     --precision $precision --workers $workers --log-every-n-steps 20 --zeroshot-frequency 1 --save-most-recent \
     ${flags[@]+"${flags[@]}"}
 say "trained in $((SECONDS - began)) s"
