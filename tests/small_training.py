@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -52,6 +52,23 @@ class SmallModel(nn.Module):
         """[B, L] → [B, d]."""
         features = self.token_embedding(text).mean(1)
         return nn.functional.normalize(features, dim=-1) if normalize else features
+
+
+class FrozenImage(SmallModel):
+    """An image tower that does not learn."""
+
+    def __init__(self, logit_bias: float | None = None) -> None:
+        super().__init__(logit_bias)
+        self.visual.requires_grad_(False)
+        self.norm.requires_grad_(False)
+
+
+class FrozenTowers(FrozenImage):
+    """Only the temperature learns."""
+
+    def __init__(self, logit_bias: float | None = None) -> None:
+        super().__init__(logit_bias)
+        self.token_embedding.requires_grad_(False)
 
 
 class FixedLoader:
@@ -103,14 +120,21 @@ def make_args(*flags: str) -> Namespace:
     return parse_args([*common, *flags])
 
 
-def make_training(args: Namespace, batches: list[Batch], world: World = ALONE, **model: Any) -> Training:
+def make_training(
+    args: Namespace,
+    batches: list[Batch],
+    world: World = ALONE,
+    towers_class: Callable[[nn.Module, float | None], TwoTowers] = TwoTowers,
+    model_class: Callable[..., nn.Module] = SmallModel,
+    **model: Any,
+) -> Training:
     """A run of a small model, assembled from the parts that a real one has."""
     loader = FixedLoader(batches, world)
     objective_class = OBJECTIVES[args.objective]
     shape = RunShape(EMBED_DIM, len(batches[0].image) // world.size, world.size, len(batches), args.epochs)
     args.batch_size = shape.batch_size
     objective = build_objective(args, shape)
-    towers = TwoTowers(SmallModel(**model), objective_class.initial_logit_bias)
+    towers = towers_class(model_class(**model), objective_class.initial_logit_bias)
     wrapped = wrap(args, towers, objective, world)
     optimizer = build_optimizer(args, parameter_groups(towers, towers.model.logit_scale, args.wd, objective))
     precision = Precision(args.precision, "cpu")

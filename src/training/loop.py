@@ -154,7 +154,7 @@ def _log(training: Training, epoch: int, index: int, output: Output, interval: I
     bar.set_postfix_str(f"loss {values['loss']:.4f}")
     shown = [f"{name} {values[name]:.4f}" for name in ("contrastive_loss", "global_loss") if name in values]
     logging.info(
-        "epoch %d/%d  step %d/%d  loss %.4f  %s  τ %.4f  lr %.3g  lr_tau %s  %.0f samples/s  data wait %.0f %%  ETA %s",
+        "epoch %d/%d  step %d/%d  loss %.4f  %s  τ %.4f  lr %s  lr_tau %s  %.0f samples/s  data wait %.0f %%  ETA %s",
         epoch + 1,
         args.epochs,
         index + 1,
@@ -162,8 +162,7 @@ def _log(training: Training, epoch: int, index: int, output: Output, interval: I
         values["loss"],
         "  ".join(shown),
         values["temperature"],
-        values["lr"],
-        f"{values['lr_tau']:.3g}" if "lr_tau" in values else "none",
+        *(f"{values[name]:.3g}" if name in values else "none" for name in ("lr", "lr_tau")),
         values["samples_per_second"],
         100 * values["data_wait_share"],
         timedelta(seconds=round(remaining * per_step)),

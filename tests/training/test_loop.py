@@ -14,7 +14,7 @@ from torch import Tensor
 
 from neuclip.objectives import OBJECTIVES
 from ranks import run_on_ranks
-from small_training import CPU, make_args, make_batches, make_training
+from small_training import CPU, FrozenTowers, make_args, make_batches, make_training
 from training.distributed import World
 from training.loop import Interval, train_one_epoch, training_step
 
@@ -112,6 +112,13 @@ def test_logs_first_last_and_every_nth_step() -> None:
     for _, line in lines:
         assert {"loss", "temperature", "lr", "lr_tau", "samples_per_second", "data_wait_share"} <= line.keys()
         assert 0 <= line["data_wait_share"] <= 1
+
+
+def test_temperature_alone_can_learn() -> None:
+    training = make_training(make_args("--epochs", "2"), make_batches(2, 4), model_class=FrozenTowers)
+    train_one_epoch(training, 0)
+    assert training.state.towers.model.logit_scale.item() != 2.0
+    assert "lr" not in training.reporter.lines[0][1]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
