@@ -128,11 +128,11 @@ def make_training(
     model_class: Callable[..., nn.Module] = SmallModel,
     **model: Any,
 ) -> Training:
-    """A run of a small model, assembled from the parts that a real one has."""
+    """A run of a small model, assembled from the parts that a real one has; --batch-size follows from the batches."""
     loader = FixedLoader(batches, world)
     objective_class = OBJECTIVES[args.objective]
     shape = RunShape(EMBED_DIM, len(batches[0].image) // world.size, world.size, len(batches), args.epochs)
-    args.batch_size = shape.batch_size
+    args.batch_size = shape.batch_size // args.accum_freq
     objective = build_objective(args, shape)
     towers = towers_class(model_class(**model), objective_class.initial_logit_bias)
     wrapped = wrap(args, towers, objective, world)

@@ -139,7 +139,7 @@ def _log(training: Training, epoch: int, index: int, output: Output, interval: I
     values = reduce_metrics(device_values, world)
 
     per_step = interval.seconds_per_step()
-    samples = args.batch_size * world.size
+    samples = args.batch_size * args.accum_freq * world.size
     remaining = (args.stop_epochs - epoch) * training.loader.steps_per_epoch - index - 1
     values.update(
         epoch=epoch + (index + 1) / training.loader.steps_per_epoch,

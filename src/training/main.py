@@ -127,7 +127,7 @@ def _check_inputs(args: Namespace, folder: RunFolder, world: World) -> None:
     """Everything that can be known to be wrong before the model is built."""
     folder.check_new(args.resume)
     check_model(args)
-    if args.batch_size * world.size < 2:
+    if args.batch_size * args.accum_freq * world.size < 2:
         raise UserError(f"--batch-size {args.batch_size} on one rank leaves a sample no negatives: give 2 or more")
     objective_class = OBJECTIVES[args.objective]
     check_train_data(data_config(args, objective_class.needs_keys), world_size=world.size)
@@ -149,7 +149,8 @@ def _open_data(args: Namespace, world: World, bundle: ModelBundle) -> TrainLoade
 
 def _assemble(args: Namespace, world: World, bundle: ModelBundle, loader: TrainLoader, reporter: Reporter) -> Training:
     """Objective, optimizer and schedules around a model."""
-    shape = RunShape(bundle.embed_dim, args.batch_size, world.size, loader.steps_per_epoch, args.epochs)
+    batch_size = args.batch_size * args.accum_freq
+    shape = RunShape(bundle.embed_dim, batch_size, world.size, loader.steps_per_epoch, args.epochs)
     objective = build_objective(args, shape).to(world.device)
     towers = bundle.towers
     model = wrap(args, towers, objective, world)

@@ -95,6 +95,7 @@ def data_config(args: Namespace, needs_keys: bool) -> DataConfig:
         csv_separator=args.csv_separator,
         workers=args.workers,
         batch_size=args.batch_size,
+        accum_freq=args.accum_freq,
         seed=args.seed,
         shuffle_buffer=args.shuffle_buffer,
         needs_keys=needs_keys,
@@ -197,7 +198,13 @@ def _locking(parser: ArgumentParser) -> None:
 
 def _optimization(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("optimization").add_argument
-    add("--batch-size", type=int, default=64, help="samples per rank and step")
+    add("--batch-size", type=int, default=64, help="samples per rank and step, or micro-batch with --accum-freq")
+    add(
+        "--accum-freq",
+        type=int,
+        default=1,
+        help="micro-batches of --batch-size that make up a step; the objective sees all of them at once",
+    )
     add("--epochs", type=int, default=32, help="length of the run, which the schedules follow")
     add("--stop_epochs", type=int, default=-1, help="stop after this epoch without changing the schedules")
     add("--optimizer", choices=OPTIMIZERS, default="adamw")
@@ -293,6 +300,7 @@ _RANGES = {
     **dict.fromkeys(("lock_image_unlocked_groups", "lock_text_unlocked_layers"), _NOT_NEGATIVE),
     **dict.fromkeys(("lr", "grad_clip_norm"), _POSITIVE),
     **dict.fromkeys(("beta1", "beta2", "momentum", "force_patch_dropout"), _SHARE),
+    "accum_freq": _COUNT,
     "temperature": _TEMPERATURE,
 }
 
@@ -310,6 +318,11 @@ def _check(args: Namespace) -> None:
     check_flags(data_config(args, needs_keys=False))
     if args.device == "cpu" and args.dist_backend == "nccl":
         raise UserError("--dist-backend nccl needs GPUs: use gloo with --device cpu, or leave the flag out")
+    if args.ddp_static_graph and args.accum_freq > 1:
+        raise UserError(
+            f"--accum-freq {args.accum_freq} leaves the graph of DistributedDataParallel not static, since only the last "
+            "micro-batch talks to the other ranks: drop --ddp-static-graph"
+        )
     if args.lr_scheduler == "const-cooldown" and not args.epochs_cooldown:
         raise UserError("--lr-scheduler const-cooldown needs --epochs-cooldown: the number of epochs of the cooldown")
     unknown = set(filter(None, args.report_to.split(","))) - {"tensorboard", "wandb"}

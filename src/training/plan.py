@@ -31,7 +31,7 @@ def plan_lines(
         "temperature": f"starts at {1 / towers.model.logit_scale.exp().item():.4g}; learnt by "
         f"{objective.temperature_learning.value}",
         "ranks": f"{world.size} on {_device_name(world)}",
-        "batch": f"{args.batch_size} per rank, {args.batch_size * world.size} in all",
+        "batch": _batch_in_words(args, world),
         "data": loader.data_description.replace("\n", "; "),
         "epoch": f"{loader.steps_per_epoch:,} steps, {loader.num_samples:,} samples",
         "samples seen": f"{loader.num_samples * args.epochs:,} in {args.epochs} epochs, {steps:,} steps"
@@ -54,6 +54,11 @@ def git_revision() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+def _batch_in_words(args: Namespace, world: World) -> str:
+    pieces = f" × {args.accum_freq} micro-batches" if args.accum_freq > 1 else ""
+    return f"{args.batch_size} per rank{pieces}, {args.batch_size * args.accum_freq * world.size} in all"
 
 
 def _device_name(world: World) -> str:

@@ -95,6 +95,8 @@ def test_unknown_model(refused: Refusal, corpus: Corpus) -> None:
 def test_batch_larger_than_data(refused: Refusal, corpus: Corpus) -> None:
     message = refused("--train-data", corpus.train, "--batch-size", "201")
     _assert_names(message, "--batch-size 201", "200", "lower --batch-size")
+    message = refused("--train-data", corpus.train, "--batch-size", "67", "--accum-freq", "3")
+    _assert_names(message, "--batch-size 67 --accum-freq 3", "201", "200", "lower --batch-size")
 
 
 @pytest.mark.parametrize("size", ["0", "-1"])

@@ -121,6 +121,15 @@ def test_temperature_alone_can_learn() -> None:
     assert "lr" not in training.reporter.lines[0][1]  # type: ignore[attr-defined]
 
 
+def test_samples_count_all_micro_batches() -> None:
+    training = make_training(make_args("--log-every-n-steps", "1", "--accum-freq", "2"), make_batches(3, 8))
+    train_one_epoch(training, 0)
+    lines = [line for _, line in training.reporter.lines]  # type: ignore[attr-defined]
+    assert [line["samples"] for line in lines] == [8, 16, 24]
+    for line in lines:
+        assert line["samples_per_second"] * line["seconds_per_step"] == pytest.approx(8)
+
+
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
 def test_unlogged_steps_report_nothing(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
     training = make_training(make_args(*_flags(objective), "--log-every-n-steps", "100"), make_batches(5, 4))

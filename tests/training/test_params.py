@@ -267,6 +267,7 @@ def test_data_config_takes_over_every_field() -> None:
         "csv_separator": ";",
         "workers": 3,
         "batch_size": 5,
+        "accum_freq": 3,
         "seed": 11,
         "shuffle_buffer": 13,
         "data_size": 90,
@@ -293,6 +294,9 @@ def test_data_config_takes_over_every_field() -> None:
         "--temperature 0",
         "--temperature 0.001",
         "--batch-size 0",
+        "--accum-freq 0",
+        "--accum-freq -2",
+        "--ddp-static-graph --accum-freq 2",
         "--workers -1",
         "--train-num-samples 0",
         "--seed -1",
@@ -334,7 +338,9 @@ def test_values_out_of_range_are_refused_by_name(flags: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "flags", ["--no-such-flag 3", "--precision fp12", "--batch-size many", "stray", "--aug-cfg scale"], ids=str
+    "flags",
+    ["--no-such-flag 3", "--precision fp12", "--batch-size many", "--accum-freq 2.5", "stray", "--aug-cfg scale"],
+    ids=str,
 )
 def test_mistakes_that_argparse_finds_are_one_line_too(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError) as refusal:

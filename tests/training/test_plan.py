@@ -49,6 +49,11 @@ def test_batch_over_several_ranks() -> None:
     assert rows["batch"] == "4 per rank, 12 in all"
 
 
+def test_batch_in_micro_batches() -> None:
+    rows = _plan("--accum-freq", "2", world=World(0, 3, ALONE.device))
+    assert rows["batch"] == "2 per rank × 2 micro-batches, 12 in all"
+
+
 def test_early_stop_is_told() -> None:
     assert _plan("--epochs", "3", "--stop_epochs", "2")["samples seen"].endswith("stops after epoch 2")
 

@@ -38,7 +38,7 @@ class DataConfig:
     dataset_resampled: draw shards with replacement instead of going through all of them.
     train_data_upsampling_factors: one factor per "::" source, such as "1::2::0.5"; needs dataset_resampled.
     workers: loader processes of a rank; 0 loads in the training process.
-    batch_size: samples of one rank's batch.
+    batch_size, accum_freq: samples of one rank's micro-batch; micro-batches of its batch.
     shuffle_buffer: samples each worker holds, undecoded, to shuffle among.
     needs_keys: the objective keeps state per sample, so a sample without an integer key is unusable.
     data_size: number of integer keys that such an objective has places for, None for any.
@@ -54,10 +54,16 @@ class DataConfig:
     csv_separator: str = "\t"
     workers: int = 4
     batch_size: int = 64
+    accum_freq: int = 1
     seed: int = 0
     shuffle_buffer: int = 5000
     needs_keys: bool = False
     data_size: int | None = None
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of one rank's batch."""
+        return self.batch_size * self.accum_freq
 
 
 def check_flags(config: DataConfig) -> None:

@@ -108,7 +108,9 @@ def _open(config: DataConfig, world_size: int) -> tuple[SampleSource, Layout, st
     if kind == "csv":
         rows = read_csv(config)
     else:
-        rows = SyntheticRows(config.train_num_samples or SYNTHETIC_STEPS * config.batch_size * world_size, config.seed)
+        rows = SyntheticRows(
+            config.train_num_samples or SYNTHETIC_STEPS * config.samples_per_step * world_size, config.seed
+        )
     layout = _layout(config, world_size, len(rows))
     what = f"csv {config.train_data}" if kind == "csv" else "synthetic"
     return RowSource(rows, layout), layout, f"{what}: {len(rows):,} samples\n{_epoch_in_words(layout, len(rows))}"
@@ -144,7 +146,7 @@ def _open_shards(config: DataConfig, world_size: int) -> tuple[SampleSource, Lay
 
 def _layout(config: DataConfig, world_size: int, total: int | None) -> Layout:
     steps = plan_steps(config, world_size, total)
-    return Layout(steps, config.batch_size, world_size, max(config.workers, 1), config.seed)
+    return Layout(steps, config.samples_per_step, world_size, max(config.workers, 1), config.seed)
 
 
 def _epoch_in_words(layout: Layout, total: int) -> str:

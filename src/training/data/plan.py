@@ -113,11 +113,12 @@ def plan_steps(config: DataConfig, world_size: int, total: int | None) -> int:
             f"--train-num-samples {wanted} is more than the {total} samples of --train-data {config.train_data}: "
             "lower it, or leave it out to use them all"
         )
-    global_batch = config.batch_size * world_size
+    global_batch = config.samples_per_step * world_size
     if wanted < global_batch:
+        micro_batches = f" --accum-freq {config.accum_freq}" if config.accum_freq > 1 else ""
         raise UserError(
-            f"--batch-size {config.batch_size} on {world_size} ranks takes {global_batch} samples a step, but an epoch "
-            f"has {wanted}: lower --batch-size or give more data"
+            f"--batch-size {config.batch_size}{micro_batches} on {world_size} ranks takes {global_batch} samples a step, "
+            f"but an epoch has {wanted}: lower --batch-size or give more data"
         )
     return wanted // global_batch
 

@@ -115,7 +115,13 @@ def test_plan_steps_refuses(asked: int | None, total: int | None, message: str) 
         plan_steps(config, 4, total)
 
 
+def test_plan_steps_refuses_by_the_flags_that_were_given() -> None:
+    with pytest.raises(UserError, match="--batch-size 4 --accum-freq 3 on 2 ranks takes 24 samples a step"):
+        plan_steps(DataConfig("x.tar", batch_size=4, accum_freq=3), 2, 23)
+
+
 def test_plan_steps_counts_whole_global_batches() -> None:
+    assert plan_steps(DataConfig("x.tar", batch_size=4, accum_freq=3), 2, 100) == 4
     assert plan_steps(DataConfig("x.tar", batch_size=4), 2, 100) == 12
     assert plan_steps(DataConfig("x.tar", batch_size=4, train_num_samples=41), 2, 100) == 5
     assert plan_steps(DataConfig("x.tar", batch_size=4, train_num_samples=410), 2, None) == 51
