@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from neuclip.objectives import Objective, Output
+from neuclip.objectives import Output
+from training.accumulation import backward_in_micro_batches
 from training.checkpoint import TrainingState
 from training.data import Batch, TrainLoader
 from training.distributed import World
@@ -41,6 +42,27 @@ class Training:
     rates: LearningRates
     precision: Precision
     reporter: Reporter
+
+    def encode(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What a module (`model` or `state.towers`) makes of a batch from host memory, as TwoTowers.forward returns it."""
+        image = batch.image.to(self.world.device, dtype=self.precision.input_dtype, non_blocking=True)
+        text = batch.text.to(self.world.device, non_blocking=True)
+        with self.precision.autocast():
+            return module(image, text)
+
+    def keys_of(self, batch: Batch) -> Tensor | None:
+        """[B] int64 on the device, where the batch has keys.
+
+        Raises:
+            UserError: the objective has no place for one of them.
+        """
+        if batch.keys is None:
+            return None
+        try:
+            self.state.objective.check_keys(batch.keys)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        return batch.keys.to(self.world.device, non_blocking=True)
 
 
 class Interval:
@@ -102,16 +124,13 @@ def train_one_epoch(training: Training, epoch: int) -> None:
 
 def training_step(training: Training, batch: Batch) -> Output:
     """Forward, objective, backward, clip, optimizer, clamp: one update. With adamw nothing here waits for the device."""
-    state, device = training.state, training.world.device
-    image = batch.image.to(device, dtype=training.precision.input_dtype, non_blocking=True)
-    text = batch.text.to(device, non_blocking=True)
-    keys = None if batch.keys is None else _checked(state.objective, batch.keys).to(device, non_blocking=True)
-
-    with training.precision.autocast():
-        image_features, text_features, logit_scale, logit_bias = training.model(image, text)
-    output = state.objective(image_features, text_features, logit_scale, logit_bias, keys)
-
-    state.scaler.scale(output.loss).backward()
+    state = training.state
+    if training.args.accum_freq > 1:
+        output = backward_in_micro_batches(training, batch)
+    else:
+        keys = training.keys_of(batch)
+        output = state.objective(*training.encode(training.model, batch), keys)
+        state.scaler.scale(output.loss).backward()
     if training.args.grad_clip_norm is not None:
         state.scaler.unscale_(state.optimizer)
         nn.utils.clip_grad_norm_(state.towers.parameters(), training.args.grad_clip_norm)
@@ -120,14 +139,6 @@ def training_step(training: Training, batch: Batch) -> Output:
     state.optimizer.zero_grad(set_to_none=True)
     state.towers.clamp_logit_scale()
     return output
-
-
-def _checked(objective: Objective, keys: Tensor) -> Tensor:
-    try:
-        objective.check_keys(keys)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return keys
 
 
 def _log(training: Training, epoch: int, index: int, output: Output, interval: Interval, bar: tqdm) -> None:
