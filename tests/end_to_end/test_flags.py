@@ -114,6 +114,17 @@ def test_grad_checkpointing_changes_nothing(short: Callable[..., Path]) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_micro_batches_change_nothing(short: Callable[..., Path]) -> None:
+    flags = ("--precision", "fp32", "--objective", "neuclip", "--npn_num_protos", "16")
+    whole = short(*flags, "--name", "whole", "--batch-size", "16")
+    for name, more in (("parts", ()), ("recomputed", ("--grad-checkpointing",))):
+        run = short(*flags, "--name", name, "--batch-size", "8", "--accum-freq", "2", *more)
+        assert "8 per rank × 2 micro-batches, 16 in all" in (run / "out.log").read_text()
+        lines, expected = (read_lines(folder / "metrics.jsonl") for folder in (run, whole))
+        for value in ("loss", "contrastive_loss", "global_loss", "temperature", "lr", "step", "samples"):
+            assert [line[value] for line in lines] == pytest.approx([line[value] for line in expected], rel=1e-5), value
+
+
 def test_grad_clipping_bounds_a_step(short: Callable[..., Path]) -> None:
     sgd = ("--optimizer", "sgd", "--momentum", "0", "--wd", "0", "--lr", "1", "--lr_tau", "1", "--skip-scheduler")
     flags = ("--precision", "fp32", "--train-num-samples", "16", "--epochs", "2", *sgd)
