@@ -173,6 +173,13 @@ def test_constant_temperature(objective: str) -> None:
     _assert_equal(found, whole)
 
 
+def test_temperatures_of_single_samples() -> None:
+    flags = ("--temperature_scheme", "individual_learnable")
+    whole, found = (_record(_exact_training("fastclip", parts, *flags)) for parts in (1, 4))
+    assert "towers.model.logit_scale" not in whole["gradients"][0]
+    _assert_equal(found, whole)
+
+
 def test_bias_of_the_architecture() -> None:
     def run(parts: int) -> dict[str, Any]:
         args = make_args(*_flags("siglip", parts))
