@@ -13,10 +13,11 @@ from training.loop import training_step
 FLAGS = ("--optimizer", "sgd", "--momentum", "0", "--grad-clip-norm", "1", "--npn_num_protos", "6")
 
 
+@pytest.mark.parametrize("accum_freq", [1, 2])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_no_step_reads_a_value_back(name: str) -> None:
+def test_no_step_reads_a_value_back(name: str, accum_freq: int) -> None:
     batches = make_batches(4, 4)
-    training = make_training(make_args("--objective", name, *FLAGS), batches)
+    training = make_training(make_args("--objective", name, "--accum-freq", str(accum_freq), *FLAGS), batches)
     training.state.objective.report = False
     training.state.objective.check_keys = lambda keys: None  # looks at keys that are still in host memory
     for step, batch in enumerate(batches):
