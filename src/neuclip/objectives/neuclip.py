@@ -6,7 +6,7 @@ cross-entropies), α1 and α2 being the predicted logarithms of ε + g1 and ε +
     ½·mean_i τ·[ exp(−α1_i)·(ε + g1_i) + α1_i − 1  +  exp(−α2_i)·(ε + g2_i) + α2_i − 1 ] + τ·ρ
 
 One step (Algorithm 1): restart the NPN if it is due; T_u updates of the NPN on this batch; then the gradient in the features
-and in τ with α held constant. The paper's ablations change what the NPN is (a network of prototypes or an MLP), what it is
+and in τ with α held constant. The paper's ablations change what the NPN is (prototypes or an MLP), what it is
 trained on (the part of the objective that depends on α, or a squared error) and when (before the encoders, or with them).
 """
 
@@ -46,7 +46,7 @@ class NeuCLIP(Objective):
     """
 
     name = "neuclip"
-    summary = "robust global contrastive loss, normalizers predicted by a network of prototypes"
+    summary = "robust global contrastive loss, normalizers predicted by a small network"
     synonyms = (frozenset({"fastclip", "npn"}), frozenset({"npn"}))
     shared_arguments = ((TITLE, add_global_arguments),)
 
