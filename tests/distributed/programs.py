@@ -49,7 +49,8 @@ class Record:
     """What one rank saw of a run.
 
     Attributes:
-        losses, gradients, metrics: one entry per step; gradients by parameter name, after averaging over the ranks.
+        losses, gradients, metrics: one entry per step; gradients by parameter name, after averaging over the ranks. The
+            objective's own parameters are among them; nobody averages theirs, they have to be equal when backward returns.
         state: the objective's state dict at the end.
         checkpoint: model, objective and step after STEPS steps, as the bytes of a file.
     """
@@ -111,13 +112,15 @@ def run(flags: str, checkpoint: bytes | None = None) -> Record:
         image_features, text_features, logit_scale, logit_bias = called(images, texts)
         output = objective(image_features, text_features, logit_scale, logit_bias, keys)
         model.zero_grad()
+        objective.zero_grad()
         output.loss.backward()
         record.losses.append(output.loss.detach().clone())
         record.metrics.append({name: value.clone() for name, value in output.metrics.items()})
-        record.gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        learnt = dict(model.named_parameters()) | {f"objective.{name}": p for name, p in objective.named_parameters()}
+        record.gradients.append({name: p.grad.clone() for name, p in learnt.items() if p.grad is not None})
         # Plain gradient descent: Adam would turn rounding errors of vanishing gradients into steps.
         with torch.no_grad():
-            for parameter in model.parameters():
+            for parameter in learnt.values():
                 if parameter.grad is not None:
                     parameter -= 0.02 * parameter.grad
     record.state = objective.state_dict()

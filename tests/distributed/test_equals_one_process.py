@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from neuclip import OBJECTIVES, make_objective
+from neuclip.normalizers import Alternating, MLPNormalizer, NormalizerNetwork, PrototypeNormalizer
 from neuclip.objectives import RunShape
+from neuclip.objectives.neuclip import NeuCLIP
 from ranks import run_on_ranks
 
 from .programs import EMBED_DIM, GLOBAL_BATCH, STEPS, Record, run, run_all
 
 FAST = "--fastclip --gamma 0.4 --rho 2"
 NPN = "--objective neuclip --npn_repetition 3"
+TOGETHER = "--objective neuclip --npn_optimization simultaneous"
 VARIANTS = {name: f"--objective {name}" for name in OBJECTIVES} | {
     "openclip, gather with grad": "--objective openclip --gather-with-grad",
     "openclip, local loss": "--objective openclip --local-loss --gather-with-grad",
@@ -40,6 +43,12 @@ VARIANTS = {name: f"--objective {name}" for name in OBJECTIVES} | {
     "neuclip, adagrad, m<N": f"{NPN} --npn_num_protos 6 --npn_optimizer adagrad --npn_lr 0.1 --npn_wd 0.01",
     "neuclip, adagrad, m>N": f"{NPN} --npn_num_protos 40 --npn_optimizer adagrad --npn_lr 0.1 --npn_restart_iter 4",
     "neuclip, constant temperature": f"{NPN} --npn_num_protos 6 --temperature_scheme global_constant",
+    "neuclip, separate": f"{NPN} --npn_num_protos 40 --npn_objective separate --npn_restart_iter 4",
+    "neuclip, mlp": f"{NPN} --npn_arch mlp --npn_restart_iter 4",
+    "neuclip, mlp, separate": f"{NPN} --npn_arch mlp --npn_objective separate --npn_optimizer adagrad_norm --npn_wd 0.1",
+    "neuclip, simultaneous, m<N": f"{TOGETHER} --npn_num_protos 6 --npn_restart_iter 3",
+    "neuclip, simultaneous, m>N": f"{TOGETHER} --npn_num_protos 40 --npn_restart_iter 4 --npn_objective separate",
+    "neuclip, simultaneous, mlp": f"{TOGETHER} --npn_arch mlp --npn_restart_iter 4",
 }
 WORLD_SIZES = (1, 2, 4)
 SAVED_ON = 2
@@ -99,6 +108,8 @@ def test_ranks_equal_one_process(
     expected = one_process[variant]
     assert len(expected.losses) == STEPS
     assert all(gradient.abs().max() > 1e-6 for gradient in expected.gradients[-1].values())
+    own = [name for name in expected.gradients[-1] if name.startswith("objective.")]
+    assert bool(own) == ("simultaneous" in variant)
     assert_ranks_equal_one_process([result["runs"][variant] for result in on_ranks[world_size]], expected)
 
 
@@ -131,25 +142,35 @@ def test_every_registered_objective_is_among_the_variants() -> None:
 NEUCLIP_VARIANTS = [name for name in VARIANTS if name.startswith("neuclip")]
 
 
+def weights_in_use(normalizer: NormalizerNetwork, step: int) -> int:
+    """Numbers that an NPN's gradient consists of in a step."""
+    if isinstance(normalizer, PrototypeNormalizer):
+        return 2 * min(normalizer.num_prototypes, (step + 1) * GLOBAL_BATCH) * EMBED_DIM
+    assert isinstance(normalizer, MLPNormalizer)
+    return sum(tensor.numel() for tensor in normalizer.mlp.state_dict().values())
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("variant", NEUCLIP_VARIANTS)
 def test_messages_of_a_neuclip_step(variant: str, world_size: int, on_ranks: dict[int, list[dict[str, Any]]]) -> None:
-    """Features cross once, packed; then vectors of length N; and the prototypes' gradient once per inner update.
+    """Features cross once, packed; then vectors of length N; and the NPN's gradient, once per inner update or once.
 
     Whatever a rank puts into a collective is counted, on every rank.
     """
     shape = RunShape(EMBED_DIM, GLOBAL_BATCH // world_size, world_size, 2, 4)
     objective = make_objective(VARIANTS[variant], shape)
-    m, updates, local = objective.normalizer.num_prototypes, objective.repetitions, shape.batch_size
+    assert isinstance(objective, NeuCLIP)
+    optimization, local = objective.optimization, shape.batch_size
+    updates = optimization.repetitions if isinstance(optimization, Alternating) else 1
+    assert (updates == 1) == ("simultaneous" in variant)
     for result in on_ranks[world_size]:
         for step, found in enumerate(result["messages"][variant]):
-            in_use = min(m, (step + 1) * GLOBAL_BATCH)
             features = ("all_gather_into_tensor", 2 * local * EMBED_DIM)
-            prototypes = ("all_reduce", 2 * in_use * EMBED_DIM)
+            gradient = ("all_reduce", weights_in_use(objective.normalizer, step))
             rest = list(found)
             rest.remove(features)
             for _ in range(updates):
-                rest.remove(prototypes)
+                rest.remove(gradient)
             # The batch's own normalizers and the predicted ones, both modalities of either: four vectors of length N.
             assert rest == [("all_gather_into_tensor", 2 * local)] * 2
             assert found[0] == features

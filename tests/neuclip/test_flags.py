@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from neuclip import OBJECTIVES, Objective, Output, RunShape, make_objective
-from neuclip.normalizers import AdaGrad, AdaGradNorm
+from neuclip.normalizers import (
+    AdaGrad,
+    AdaGradNorm,
+    Alternating,
+    MLPNormalizer,
+    PrototypeNormalizer,
+    Separate,
+    Simultaneous,
+    Unified,
+    UnitRowsAdaGradNorm,
+)
 from neuclip.objectives import TemperatureLearning, add_arguments, build_objective, resolve
 from neuclip.objectives.neuclip import NeuCLIP
 
@@ -70,7 +80,13 @@ def test_every_name_builds_its_objective_and_states_its_spellings(name: str) -> 
         assert all(getattr(args, flag) for flag in synonym)
 
 
-@pytest.mark.parametrize("line", ["--npn", "--objective neuclip", "--siglip", "", "--fastclip --data_size 9"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("--npn", "--objective neuclip", "--siglip", "", "--npn --npn_arch mlp", "--fastclip --data_size 9"),
+        *(f"--npn --npn_optimization simultaneous --npn_arch {arch}" for arch in ("prototypes", "mlp")),
+    ],
+)
 def test_resolving_twice_changes_nothing(line: str) -> None:
     """As when arguments are read back from a checkpoint."""
     args = resolved(line)
@@ -146,6 +162,9 @@ def test_a_constant_temperature_is_honoured_or_refused(name: str) -> None:
     [
         "--objective cyclip",
         "--objective neuclip --npn_optimizer adam",
+        "--objective neuclip --npn_arch transformer",
+        "--objective neuclip --npn_objective kl",
+        "--objective neuclip --npn_optimization both",
         "--objective neuclip --gamma_schedule linear",
         "--objective siglip --loss-dist-impl ring",
         "--objective neuclip --npn_num_proto 5",
@@ -164,12 +183,15 @@ def test_neuclip_fills_in_its_defaults() -> None:
     objective = neuclip("--objective neuclip")
     assert objective.gamma is not None
     assert (objective.gamma.gamma, objective.gamma.kind, objective.gamma.steps_per_epoch) == (0.42, "cosine_step", 10)
-    assert (objective.repetitions, objective.restart_every, objective.rho) == (10, 500, 8.0)
+    assert (objective.restart_every, objective.rho) == (500, 8.0)
+    assert objective.optimization == Alternating(10)
     assert objective.log_eps == objective.normalizer.log_eps == math.log(1e-8)
+    assert isinstance(objective.normalizer, PrototypeNormalizer)
     assert objective.normalizer.num_prototypes == 4096
     assert objective.normalizer.prototypes.shape == (2, 4096, 6)
-    assert isinstance(objective.normalizer.optimizer, AdaGradNorm)
+    assert isinstance(objective.normalizer.optimizer, UnitRowsAdaGradNorm)
     assert objective.normalizer.optimizer.lr == 1.0
+    assert isinstance(objective.normalizer.inner_objective, Unified)
     assert objective.temperature_learning is TemperatureLearning.OUTER
 
 
@@ -181,13 +203,110 @@ def test_neuclip_keeps_what_is_given() -> None:
     )
     assert objective.gamma is not None
     assert (objective.gamma.kind, objective.gamma.gamma, objective.gamma.decay_epochs) == ("cosine", 0.2, 1.5)
-    assert (objective.repetitions, objective.restart_every, objective.rho) == (0, 0, 0.0)
+    assert (objective.restart_every, objective.rho) == (0, 0.0)
+    assert objective.optimization == Alternating(0)
     assert objective.log_eps == objective.normalizer.log_eps == math.log(1e-6)
     optimizer = objective.normalizer.optimizer
     assert isinstance(optimizer, AdaGrad)
     assert (optimizer.lr, optimizer.weight_decay) == (0.25, 0.5)
+    assert isinstance(objective.normalizer, PrototypeNormalizer)
     assert objective.normalizer.prototypes.shape == (2, 5, 6)
     assert objective.temperature_learning is TemperatureLearning.CONSTANT
+
+
+def test_an_mlp_has_defaults_of_its_own() -> None:
+    args = resolved("--objective neuclip --npn_arch mlp")
+    found = (args.npn_lr, args.npn_optimizer, args.npn_restart_iter, args.npn_repetition, args.npn_num_protos)
+    assert found == (0.01, "adagrad", 0, 10, None)
+    objective = neuclip("--objective neuclip --npn_arch mlp --npn_objective separate")
+    assert isinstance(objective.normalizer, MLPNormalizer)
+    assert isinstance(objective.normalizer.inner_objective, Separate)
+    assert isinstance(objective.normalizer.optimizer, AdaGrad)
+    assert objective.normalizer.optimizer.lr == 0.01
+    assert (objective.normalizer.dim, objective.normalizer.hidden) == (6, 6)
+    assert (objective.restart_every, objective.optimization) == (0, Alternating(10))
+
+
+def test_an_mlp_keeps_what_is_given() -> None:
+    flags = "--npn_lr 0.5 --npn_optimizer adagrad_norm --npn_wd 0.2 --npn_restart_iter 7 --npn_repetition 2"
+    objective = neuclip(f"--objective neuclip --npn_arch mlp {flags}")
+    optimizer = objective.normalizer.optimizer
+    assert type(optimizer) is AdaGradNorm
+    assert (optimizer.lr, optimizer.weight_decay) == (0.5, 0.2)
+    assert (objective.restart_every, objective.optimization) == (7, Alternating(2))
+
+
+@pytest.mark.parametrize(("arch", "restart"), [("prototypes", 500), ("mlp", 0)])
+def test_simultaneous_leaves_the_network_to_the_outer_optimizer(arch: str, restart: int) -> None:
+    line = f"--objective neuclip --npn_arch {arch} --npn_optimization simultaneous --npn_wd 0.1"
+    args = resolved(line)
+    assert (args.npn_lr, args.npn_optimizer, args.npn_repetition, args.npn_restart_iter) == (None, None, None, restart)
+    objective = neuclip(line)
+    assert isinstance(objective.optimization, Simultaneous)
+    assert objective.normalizer.optimizer is None
+    assert objective.outer_weight_decay == 0.1
+    parameters = dict(objective.named_parameters())
+    assert parameters
+    assert all(parameter.requires_grad and parameter.shape[0] == 2 for parameter in parameters.values())
+    if arch == "prototypes":
+        assert {name: p.shape for name, p in parameters.items()} == {"normalizer.prototypes": (2, 4096, 6)}
+    assert list(neuclip(f"--objective neuclip --npn_arch {arch}").parameters()) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("--npn_arch mlp --npn_num_protos 64", ("--npn_num_protos 64", "--npn_arch mlp", "leave it out")),
+        ("--npn_optimization simultaneous --npn_lr 0.5", ("--npn_lr 0.5", "simultaneous", "--lr", "leave it out")),
+        ("--npn_optimization simultaneous --npn_repetition 0", ("--npn_repetition 0", "simultaneous", "leave it out")),
+        (
+            "--npn_optimization simultaneous --npn_arch mlp --npn_optimizer adagrad",
+            ("--npn_optimizer adagrad", "simultaneous", "--npn_optimization alternating"),
+        ),
+        ("--npn_arch mlp --npn_wd -1", ("--npn_wd -1.0", "at least 0")),
+        ("--npn_optimization simultaneous --npn_wd nan", ("--npn_wd nan", "at least 0")),
+        ("--npn_arch mlp --npn_optimizer adagrad_norm --npn_lr 0", ("--npn_lr 0.0", "greater than 0")),
+        ("--npn_optimizer adagrad_norm --npn_wd 0.1", ("--npn_wd 0.1", "unit-length", "--npn_optimizer adagrad")),
+    ],
+)
+def test_what_cannot_go_together_is_one_line_with_a_remedy(line: str, parts: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="--npn_") as caught:
+        resolved(f"--objective neuclip {line}")
+    assert "\n" not in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+# The paper's tables, with 0 for ∞ (never) and the simultaneous runs without an inner loop.
+RESTARTS = (0, 20, 100, 500, 2500, 12500)
+UPDATES = (1, 2, 5, 10, 20, 50)
+TRAININGS = (
+    *(
+        f"--npn_optimizer {optimizer} --npn_repetition {n}"
+        for optimizer in ("adagrad_norm", "adagrad")
+        for n in UPDATES
+    ),
+    "--npn_optimization simultaneous",
+)
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("inner", ["unified", "separate"])
+@pytest.mark.parametrize("arch", ["--npn_arch prototypes --npn_num_protos 20", "--npn_arch mlp"])
+def test_every_combination_of_the_ablations_runs(arch: str, inner: str, training: str, features: FeatureMaker) -> None:
+    for restart in RESTARTS:
+        objective = neuclip(
+            f"--objective neuclip {arch} --npn_objective {inner} {training} --npn_restart_iter {restart}"
+        )
+        # At the beginning, where m > N fills up, and around a later restart.
+        for step in (0, 1, 2, max(restart, 3) - 1, max(restart, 3)):
+            objective.step = step
+            images, texts = features(step, 8, dtype=torch.float32)
+            output = objective(images, texts, torch.tensor(14.0))
+            output.loss.backward()
+            gradients = [images.grad, texts.grad, *(parameter.grad for parameter in objective.parameters())]
+            assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients)
+            assert all(torch.isfinite(value) for value in output.metrics.values())
 
 
 @pytest.mark.parametrize("batch_size", [3, 6])
@@ -196,6 +315,7 @@ def test_recent_features_are_kept_only_where_a_global_batch_is_too_small(batch_s
     shape = RunShape(6, batch_size, 2, 10, 3)
     objective = make_objective("--objective neuclip --npn_num_protos 10", shape)
     assert isinstance(objective, NeuCLIP)
+    assert isinstance(objective.normalizer, PrototypeNormalizer)
     assert objective.normalizer.recent.shape == (2, 10 if batch_size == 3 else 0, 6)
 
 

@@ -19,6 +19,11 @@ RUNS = {name: f"--objective {name}" for name in OBJECTIVES} | {
     "neuclip, m>N": "--objective neuclip --npn_num_protos 20 --npn_restart_iter 4",
     "neuclip, adagrad": "--objective neuclip --npn_num_protos 20 --npn_optimizer adagrad --npn_wd 0.1",
     "neuclip, printed": "--objective neuclip --npn_num_protos 8 --gamma 0",
+    "neuclip, separate": "--objective neuclip --npn_num_protos 20 --npn_objective separate",
+    "neuclip, mlp": "--objective neuclip --npn_arch mlp --npn_restart_iter 2",
+    "neuclip, mlp, adagrad_norm": "--objective neuclip --npn_arch mlp --npn_optimizer adagrad_norm --npn_wd 0.1",
+    "neuclip, simultaneous": "--objective neuclip --npn_optimization simultaneous --npn_num_protos 20",
+    "neuclip, simultaneous, mlp": "--objective neuclip --npn_optimization simultaneous --npn_arch mlp --npn_restart_iter 2",
 }
 
 

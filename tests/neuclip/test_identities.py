@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neuclip import OBJECTIVES, Objective, RunShape, make_objective
-from neuclip.normalizers import AdaGradNorm, PrototypeNormalizer
+from neuclip.normalizers import MLPNormalizer, PrototypeNormalizer, Unified
 from neuclip.pairwise import gather_batch, pairwise_gradient
 
 from .conftest import FeatureMaker
@@ -23,6 +23,11 @@ EXACT = {"rtol": 1e-11, "atol": 1e-13}
 
 def make(flags: str) -> Objective:
     return make_objective(flags, SHAPE).double()
+
+
+def prototypes(m: int, eps: float) -> PrototypeNormalizer:
+    """An NPN that nobody trains, for batches of m samples."""
+    return PrototypeNormalizer(m, DIM, eps, Unified(), None, m).double()
 
 
 def scalar(value: float) -> Tensor:
@@ -153,7 +158,7 @@ def test_prototypes_at_the_whole_batch_add_the_matching_pair_to_the_mean(eps: fl
     So α_i = log(ε + (1 + (N−1)·g_i)/N), which is not the batch's own estimate; see the next test for that.
     """
     images, texts = features(2, N)
-    normalizer = PrototypeNormalizer(N, DIM, eps, AdaGradNorm(N, DIM, 1.0), N).double()
+    normalizer = prototypes(N, eps)
     batch = gather_batch(images, texts)
     normalizer.restart(batch)
     g = torch.stack(batch_g(images, texts, 1 / scalar(12.0))).detach()
@@ -170,7 +175,7 @@ def test_prototypes_at_the_other_samples_give_the_batch_estimate(eps: float, fea
     predicted = torch.empty(2, N, dtype=torch.float64)
     for i in range(N):
         others = [j for j in range(N) if j != i]
-        normalizer = PrototypeNormalizer(N - 1, DIM, eps, AdaGradNorm(N - 1, DIM, 1.0), N - 1).double()
+        normalizer = prototypes(N - 1, eps)
         normalizer.restart(gather_batch(images[others], texts[others]))
         predicted[:, i] = normalizer.predict(batch, scale.detach())[:, i]
     estimate = torch.log(eps + torch.stack(batch_g(images, texts, 1 / scale.detach()))).detach()
@@ -182,15 +187,36 @@ def test_prototypes_at_the_other_samples_give_the_batch_estimate(eps: float, fea
     torch.testing.assert_close(gradient, torch.stack(target), **EXACT)
 
 
-def test_many_updates_on_one_batch_approach_its_normalizers(features: FeatureMaker) -> None:
-    """The optimum of the NPN's objective is α_i = log(ε + g_i); with m ≥ N it can come close."""
+@pytest.mark.parametrize(
+    "flags",
+    [
+        f"--npn_num_protos {N} --npn_lr 0.3",
+        f"--npn_num_protos {N} --npn_lr 0.3 --npn_objective separate",
+        "--npn_arch mlp --npn_lr 0.1",
+        "--npn_arch mlp --npn_lr 0.1 --npn_objective separate",
+    ],
+)
+def test_many_updates_on_one_batch_approach_its_normalizers(flags: str, features: FeatureMaker) -> None:
+    """On one batch the optimum of either NPN objective is α_i = log(ε + g_i); a network that is large enough comes close."""
     images, texts = features(3, N)
     gaps = []
     for updates in (0, 10, 300):
-        objective = make(f"--objective neuclip --npn_num_protos {N} --npn_repetition {updates} --npn_lr 0.3 --gamma 0")
+        objective = make(f"--objective neuclip {flags} --npn_repetition {updates} --gamma 0")
         gaps.append(float(objective(images, texts, scalar(10.0)).metrics["log_normalizer_gap"]))
     assert gaps[1] < 0.7 * gaps[0]
     assert gaps[2] < 0.2 * gaps[0]
+
+
+@pytest.mark.parametrize("network", [f"--npn_num_protos {N}", "--npn_arch mlp"])
+def test_optimizations_agree_before_anything_is_learnt(network: str, features: FeatureMaker) -> None:
+    """Simultaneous optimization predicts once, as alternating does with T_u = 0: the encoders cannot tell them apart."""
+    results = []
+    for flags in ("--npn_repetition 0", "--npn_optimization simultaneous"):
+        inputs = (*features(3, N), scalar(10.0))
+        output = make(f"--objective neuclip {network} {flags}")(*inputs)
+        results.append((output.loss, *torch.autograd.grad(output.loss, inputs), output.metrics["inner_loss_before"]))
+    for value, target in zip(*results):
+        torch.testing.assert_close(value, target, **EXACT)
 
 
 def run_once(name: str, features: FeatureMaker, report: bool = True) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
@@ -224,12 +250,22 @@ def test_global_loss_at_the_normalizers_of_the_batch(name: str, features: Featur
     assert float(metrics["log_normalizer_gap_max"]) == 0.0
 
 
-@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+# Each objective, and NeuCLIP with another network and with weights for the outer optimizer.
+LINES = (
+    *sorted(OBJECTIVES),
+    "neuclip --npn_num_protos 20 --npn_objective separate",
+    "neuclip --npn_arch mlp",
+    "neuclip --npn_optimization simultaneous",
+    "neuclip --npn_optimization simultaneous --npn_arch mlp",
+)
+
+
+@pytest.mark.parametrize("name", LINES)
 def test_no_metrics_between_logging_steps(name: str, features: FeatureMaker) -> None:
     assert run_once(name, features, report=False)[0] == {}
 
 
-@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+@pytest.mark.parametrize("name", LINES)
 def test_reporting_changes_neither_loss_nor_gradient(name: str, features: FeatureMaker) -> None:
     results = []
     for report in (True, False):
@@ -240,9 +276,32 @@ def test_reporting_changes_neither_loss_nor_gradient(name: str, features: Featur
             bias = None if objective.initial_logit_bias is None else scalar(-2.0)
             scale = scalar(13.0)
             loss = objective(images, texts, scale, bias, torch.arange(N)).loss
-        results.append((loss.detach(), *torch.autograd.grad(loss, (images, texts, scale))))
+        inputs = (images, texts, scale, *objective.parameters())
+        results.append((loss.detach(), *torch.autograd.grad(loss, inputs)))
     for with_report, without in zip(*results):
         assert torch.equal(with_report, without)
+
+
+@pytest.mark.parametrize(
+    ("flags", "passes"),
+    [("--npn_repetition 4", 5), ("--npn_optimization simultaneous", 1)],
+)
+@pytest.mark.parametrize("network", ["--npn_num_protos 20", "--npn_arch mlp"])
+def test_passes_of_the_network_between_logging_steps(
+    network: str, flags: str, passes: int, features: FeatureMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One for each update and one for α, or one for both: reports that are not made cost nothing."""
+    calls = []
+    for name in ("_predict", "_differentiate"):
+        for cls in (PrototypeNormalizer, MLPNormalizer):
+            original = getattr(cls, name)
+            monkeypatch.setattr(cls, name, lambda *given, o=original: calls.append(1) or o(*given))
+    for report in (False, True):
+        objective = make(f"--objective neuclip {network} {flags}")
+        objective.report = report
+        objective(*features(0, N), scalar(13.0))
+        assert len(calls) == (passes if not report or passes == 1 else passes + 1)
+        calls.clear()
 
 
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))

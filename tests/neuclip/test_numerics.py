@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neuclip import OBJECTIVES, Objective, RunShape, make_objective
+from neuclip.normalizers import MLPNormalizer, PrototypeNormalizer
 from neuclip.objectives.neuclip import NeuCLIP
 
 from .conftest import FeatureMaker
@@ -74,26 +75,72 @@ def test_every_objective_is_finite_at_the_lowest_temperature(name: str, dtype: t
         assert_finite_step(objective, images, texts)
 
 
-@pytest.mark.parametrize("optimizer", ["adagrad_norm", "adagrad"])
+# How an NPN may learn; those that learn on their own get the number of updates.
+TRAININGS = {
+    "adagrad_norm": "--npn_optimizer adagrad_norm --npn_repetition {updates}",
+    "adagrad": "--npn_optimizer adagrad --npn_repetition {updates}",
+    "simultaneous": "--npn_optimization simultaneous",
+}
+
+
+def neuclip_at(flags: str, training: str, updates: int) -> NeuCLIP:
+    """An objective after its first restart."""
+    flags = f"--objective neuclip --npn_restart_iter 0 --gamma 0 {TRAININGS[training].format(updates=updates)} {flags}"
+    objective = make_objective(flags, RunShape(DIM, 8, 1, 10, 2))
+    assert isinstance(objective, NeuCLIP)
+    objective.step = 1
+    return objective
+
+
+def assert_finite_training(objective: NeuCLIP, images: Tensor, texts: Tensor) -> None:
+    """Some steps, AdamW on what the objective leaves to it included."""
+    own = list(objective.parameters())
+    outer = torch.optim.AdamW(own, lr=1e-2, weight_decay=0.1) if own else None
+    for _ in range(3):
+        assert_finite_step(objective, images, texts)
+        if outer is not None:
+            assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in own)
+            outer.step()
+            outer.zero_grad()
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("inner", ["unified", "separate"])
 @pytest.mark.parametrize("eps", ["0", "1e-14", "1e-6"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_neuclip_is_finite_with_the_worst_prototypes(optimizer: str, eps: str, dtype: torch.dtype, sign: float) -> None:
+def test_neuclip_is_finite_with_the_worst_prototypes(
+    training: str, inner: str, eps: str, dtype: torch.dtype, sign: float
+) -> None:
     """Every prototype along one direction, or against it: predictions are off by up to 200 in the log."""
     for case in CASES:
         images, texts = adversarial(case, dtype)
         for updates in (0, 10):
-            flags = (
-                f"--objective neuclip --npn_num_protos 8 --npn_repetition {updates} --npn_restart_iter 0 --gamma 0 "
-                f"--npn_optimizer {optimizer} --fastclip_eps {eps}"
-            )
-            objective = make_objective(flags, RunShape(DIM, 8, 1, 10, 2))
-            assert isinstance(objective, NeuCLIP)
-            objective.step = 1  # after the first restart
+            flags = f"--npn_num_protos 8 --npn_objective {inner} --fastclip_eps {eps}"
+            objective = neuclip_at(flags, training, updates)
+            assert isinstance(objective.normalizer, PrototypeNormalizer)
             objective.normalizer.active = 8
-            objective.normalizer.prototypes.copy_((sign * direction(torch.float32)).expand(2, 8, DIM))
-            for _ in range(3):
-                assert_finite_step(objective, images, texts)
+            worst = (sign * direction(torch.float32)).expand(2, 8, DIM)
+            objective.normalizer.prototypes.detach().copy_(worst)
+            assert_finite_training(objective, images, texts)
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("inner", ["unified", "separate"])
+@pytest.mark.parametrize("eps", ["0", "1e-6"])
+@pytest.mark.parametrize("factor", [300.0, -300.0, 0.0])
+def test_neuclip_is_finite_with_the_worst_mlp(training: str, inner: str, eps: str, factor: float) -> None:
+    """All weights far too large: predictions are off by thousands in the log. All zero: LayerNorm has no variance."""
+    for case in CASES:
+        images, texts = adversarial(case, torch.float32)
+        flags = f"--npn_arch mlp --npn_objective {inner} --fastclip_eps {eps}"
+        objective = neuclip_at(flags, training, updates=5)
+        assert isinstance(objective.normalizer, MLPNormalizer)
+        for weight in objective.normalizer.mlp.state_dict().values():
+            weight.mul_(factor)
+        outputs = objective.normalizer.mlp(torch.stack((images, texts)))
+        assert outputs.abs().max() > 1000 if factor else not outputs.any()
+        assert_finite_training(objective, images, texts)
 
 
 def test_predictions_far_above_and_far_below_are_finite_in_value(features: FeatureMaker) -> None:
@@ -106,6 +153,7 @@ def test_predictions_far_above_and_far_below_are_finite_in_value(features: Featu
     )
     objective.step = 1
     assert isinstance(objective, NeuCLIP)
+    assert isinstance(objective.normalizer, PrototypeNormalizer)
     objective.normalizer.active = 2
     objective.normalizer.prototypes.copy_(torch.stack((v, v)).expand(2, 2, DIM))
     # Anchor 0 (image v, text −v): its image meets the prototypes at +1, where α = 200 is right; its text at −1, where
@@ -114,18 +162,26 @@ def test_predictions_far_above_and_far_below_are_finite_in_value(features: Featu
     assert float(alpha_gap) == pytest.approx(200.0, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+# Each objective, and NeuCLIP with an MLP and with weights for the outer optimizer.
+LINES = {name: f"--objective {name} --npn_num_protos 8" for name in sorted(OBJECTIVES)} | {
+    "neuclip, mlp": "--objective neuclip --npn_arch mlp",
+    "neuclip, simultaneous": "--objective neuclip --npn_optimization simultaneous --npn_num_protos 8",
+    "neuclip, simultaneous, mlp": "--objective neuclip --npn_optimization simultaneous --npn_arch mlp",
+}
+
+
+@pytest.mark.parametrize("name", LINES)
 def test_autocast_changes_nothing(name: str, features: FeatureMaker) -> None:
     results = []
     for enabled in (False, True):
-        objective = make_objective(f"--objective {name} --npn_num_protos 8 --data_size 8", RunShape(6, 8, 1, 10, 2))
+        objective = make_objective(f"{LINES[name]} --data_size 8", RunShape(6, 8, 1, 10, 2))
         images, texts = features(1, 8, dtype=torch.float32)
         scale = torch.tensor(20.0, requires_grad=True)
         bias = None if objective.initial_logit_bias is None else torch.tensor(-3.0)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             output = objective(images, texts, scale, bias, torch.arange(8))
         # Outside of the context, as PyTorch asks for: operators of a backward inside of it would be cast again.
-        gradients = torch.autograd.grad(output.loss, (images, texts, scale))
+        gradients = torch.autograd.grad(output.loss, (images, texts, scale, *objective.parameters()))
         assert output.loss.dtype == torch.float32
         assert all(value.dtype == torch.float32 for value in output.metrics.values())
         results.append((output.loss, *gradients, *output.metrics.values()))
@@ -179,13 +235,15 @@ def test_a_feature_row_of_zeros_does_not_poison_the_prototypes(
         assert_finite_step(objective, pair[0].requires_grad_(), pair[1].requires_grad_())
 
 
-@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+@pytest.mark.parametrize("name", LINES)
 def test_float64_features_are_welcome_in_a_float32_objective(name: str, features: FeatureMaker) -> None:
     """forward's contract is float32 or better; nobody has to know that an objective holds buffers."""
-    objective = make_objective(f"--objective {name} --npn_num_protos 8 --data_size 8", RunShape(6, 8, 1, 10, 2))
+    objective = make_objective(f"{LINES[name]} --data_size 8", RunShape(6, 8, 1, 10, 2))
     for step in range(2):
         images, texts = features(step, 8)
         bias = None if objective.initial_logit_bias is None else torch.tensor(-3.0).double()
         loss = objective(images, texts, torch.tensor(20.0).double(), bias, torch.arange(8)).loss
         assert torch.isfinite(loss)
         assert loss.dtype == torch.float64
+        loss.backward()
+        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in objective.parameters())

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from neuclip import OBJECTIVES, Objective, RunShape, make_objective
+from neuclip.normalizers import PrototypeNormalizer
 from neuclip.objectives.neuclip import NeuCLIP
+from neuclip.pairwise import gather_batch
 
 from .conftest import FeatureMaker
 
 N, DIM, STEPS_PER_EPOCH = 8, 6, 4
 
+TOGETHER = "--objective neuclip --npn_optimization simultaneous"
 RUNS = {name: f"--objective {name}" for name in OBJECTIVES} | {
     "fastclip v1": "--fastclip --temperature_scheme global_constant --gamma_schedule constant",
     "fastclip v2": "--fastclip --temperature_scheme individual_learnable --lr_tau 0.02",
@@ -26,6 +29,14 @@ RUNS = {name: f"--objective {name}" for name in OBJECTIVES} | {
     "neuclip, long filling": "--objective neuclip --npn_num_protos 45 --npn_restart_iter 50",
     "neuclip, adagrad": "--objective neuclip --npn_num_protos 20 --npn_optimizer adagrad --npn_lr 0.1 --npn_wd 0.01",
     "neuclip, printed": "--objective neuclip --npn_num_protos 20 --npn_restart_iter 0 --gamma 0",
+    "neuclip, separate": "--objective neuclip --npn_num_protos 20 --npn_restart_iter 3 --npn_objective separate",
+    "neuclip, mlp": "--objective neuclip --npn_arch mlp --npn_repetition 2",
+    "neuclip, mlp with restarts": "--objective neuclip --npn_arch mlp --npn_repetition 2 --npn_restart_iter 3",
+    "neuclip, mlp, adagrad_norm": "--objective neuclip --npn_arch mlp --npn_optimizer adagrad_norm --npn_wd 0.1",
+    "neuclip, simultaneous, m<N": f"{TOGETHER} --npn_num_protos 5 --npn_restart_iter 3",
+    "neuclip, simultaneous, m>N": f"{TOGETHER} --npn_num_protos 20 --npn_restart_iter 5 --npn_objective separate",
+    "neuclip, simultaneous, long filling": f"{TOGETHER} --npn_num_protos 45",
+    "neuclip, simultaneous, mlp": f"{TOGETHER} --npn_arch mlp --npn_restart_iter 3",
 }
 
 
@@ -34,8 +45,12 @@ def make(flags: str, batch_size: int = N) -> Objective:
 
 
 def train(objective: Objective, steps: range, features: FeatureMaker, size: int = N) -> list[Tensor]:
-    """Losses and gradients of some steps of a run; step s always sees the same batch."""
+    """Losses and gradients of some steps of a run; step s always sees the same batch.
+
+    What the objective leaves to an outer optimizer goes down its gradient.
+    """
     found = []
+    own = list(objective.parameters())
     for step in steps:
         if step % STEPS_PER_EPOCH == 0:
             objective.start_epoch(step // STEPS_PER_EPOCH)
@@ -44,7 +59,11 @@ def train(objective: Objective, steps: range, features: FeatureMaker, size: int 
         bias = None if objective.initial_logit_bias is None else torch.tensor(-4.0)
         keys = torch.arange(size) + (step % 3) * size
         loss = objective(images, texts, scale, bias, keys).loss
-        found += [loss.detach(), *torch.autograd.grad(loss, (images, texts, scale))]
+        gradients = torch.autograd.grad(loss, (images, texts, scale, *own))
+        found += [loss.detach(), *gradients]
+        with torch.no_grad():
+            for parameter, gradient in zip(own, gradients[3:]):
+                parameter -= 0.1 * gradient
     return found
 
 
@@ -101,6 +120,7 @@ def test_the_states_that_are_saved_cover_filling_and_full(features: FeatureMaker
             objective = make(RUNS[run])
             train(objective, range(saved_after), features)
             assert isinstance(objective, NeuCLIP)
+            assert isinstance(objective.normalizer, PrototypeNormalizer)
             filling[run, saved_after] = objective.normalizer.filling
     assert [filling["neuclip, m>N", saved_after] for saved_after in (1, 2, 5, 6)] == [True, True, False, False]
     assert [filling["neuclip, long filling", saved_after] for saved_after in (1, 2, 5, 6)] == [True, True, True, False]
@@ -149,6 +169,55 @@ def test_another_number_of_prototypes_is_refused(features: FeatureMaker) -> None
     original = make("--objective neuclip --npn_num_protos 20")
     with pytest.raises(RuntimeError, match="prototypes"):
         make("--objective neuclip --npn_num_protos 21").load_state_dict(through_a_file(original.state_dict()))
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("mlp", "prototypes"), ("prototypes", "mlp")])
+def test_another_architecture_is_refused(ours: str, theirs: str) -> None:
+    saved = through_a_file(make(f"--objective neuclip --npn_arch {theirs}").state_dict())
+    with pytest.raises(ValueError, match="--npn_arch"):
+        make(f"--objective neuclip --npn_arch {ours}").load_state_dict(saved)
+
+
+@pytest.mark.parametrize("optimization", ["alternating", "simultaneous"])
+def test_an_mlp_restarts_from_other_weights_each_time_but_the_same_in_every_process(optimization: str) -> None:
+    flags = f"--objective neuclip --npn_arch mlp --npn_optimization {optimization}"
+    objectives = [make(flags), make(flags)]
+    drawn = []
+    for objective in objectives:
+        assert isinstance(objective, NeuCLIP)
+        torch.manual_seed(len(drawn))  # what else is random in a process has no part in it
+        weights = []
+        for _ in range(3):
+            objective.normalizer.restart(gather_batch(torch.eye(N, DIM), torch.eye(N, DIM)))
+            state = objective.normalizer.state_dict()
+            weights.append(torch.cat([v.flatten() for k, v in state.items() if "mlp" in k]))
+        drawn.append(weights)
+    for first, second in zip(*drawn):
+        assert torch.equal(first, second)
+    for first, second in ((0, 1), (1, 2), (0, 2)):
+        assert not torch.allclose(drawn[0][first], drawn[0][second])
+
+
+@pytest.mark.parametrize("m", [5, 20])
+def test_rows_that_are_not_in_use_stay_zero_under_adamw(m: int, features: FeatureMaker) -> None:
+    """Before m samples were seen the other rows have no gradient; weight decay and moments must not wake them up."""
+    objective = make(f"{TOGETHER} --npn_num_protos {m} --npn_wd 0.1")
+    assert isinstance(objective, NeuCLIP)
+    prototypes = objective.normalizer.prototypes
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=0.1, weight_decay=objective.outer_weight_decay)
+    for step in range(4):
+        images, texts = features(step, N, DIM, dtype=torch.float32)
+        objective(images, texts, torch.tensor(12.0)).loss.backward()
+        in_use = min(m, (step + 1) * N)
+        assert objective.normalizer.active == in_use
+        assert prototypes.grad.abs().amax(dim=2)[:, :in_use].min() > 0
+        assert not prototypes.grad[:, in_use:].any()
+        before = prototypes.detach().clone()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert not prototypes[:, in_use:].any()
+        assert torch.isfinite(prototypes).all()
+        assert (prototypes - before)[:, :in_use].abs().amax(dim=2).min() > 0
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -181,6 +181,7 @@ def _group(title: str) -> str:
         ("objective openclip", ["--local-loss", "--gather-with-grad"]),
         ("objective siglip", ["--loss-dist-impl"]),
         ("objective neuclip", ["--npn_num_protos", "--npn_repetition", "--npn_restart_iter", "--npn_lr"]),
+        ("objective neuclip", ["--npn_arch", "--npn_objective", "--npn_optimization", "--npn_optimizer", "--npn_wd"]),
         ("data", ["--train-data", "--val-data", "--train-num-samples", "--csv-separator", "--workers"]),
         ("model", ["--model", "--model-config", "--pretrained", "--precision", "--force-image-size", "--aug-cfg"]),
         ("frozen towers", ["--lock-image", "--lock-text", "--lock-image-unlocked-groups"]),

@@ -1,10 +1,7 @@
-"""The normalizer-prediction network (NPN) of NeuCLIP (arXiv 2511.08417): one matrix of prototypes per modality.
+"""The normalizer-prediction network of NeuCLIP (arXiv 2511.08417): one matrix of prototypes per modality.
 
-    α1_i = log( ε + 1/m Σ_j exp((cos(e1_i, W1_j) − s_ii)/τ) )       W1 stands for the texts of the data set
-    α2_i = log( ε + 1/m Σ_j exp((cos(e2_i, W2_j) − s_ii)/τ) )       W2 stands for its images
-
-It is trained on the part of the objective (eq. 12) that depends on α,  ½·mean_i τ·[exp(T_i − α_i) + α_i]  with
-T_i = log(ε + g_i) the batch's own estimate; the minimum over α_i is E[ε + g_i], the quantity wanted.
+α1_i = log( ε + 1/m Σ_j exp((cos(e1_i, W1_j) − s_ii)/τ) )       W1 stands for the texts of the data set
+α2_i = log( ε + 1/m Σ_j exp((cos(e2_i, W2_j) − s_ii)/τ) )       W2 stands for its images
 """
 
 from __future__ import annotations
@@ -14,21 +11,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from neuclip import distributed
-from neuclip.normalizers.adagrad import PrototypeOptimizer
-from neuclip.pairwise import LOG_WEIGHT_CEILING, GlobalBatch
+from neuclip.normalizers.inner_objectives import InnerObjective
+from neuclip.normalizers.network import LocalAnchors, NormalizerNetwork, OptimizerMaker, register_weights
+from neuclip.pairwise import GlobalBatch
 
 
-class PrototypeNormalizer(nn.Module):
-    """Predicts α of a batch's anchors; data parallel: every rank holds all prototypes and its own anchors' gradient.
+class PrototypeNormalizer(NormalizerNetwork):
+    """Predicts α of a batch's anchors by comparing them with prototypes; the gradient is in closed form.
 
     Args:
         num_prototypes: m, per modality.
         dim: d, width of the features.
-        eps: ε, inside the logarithm.
-        optimizer: updates the prototypes.
+        eps, inner_objective: see NormalizerNetwork.
+        make_optimizer: the optimizer of weights of shape [2, m, d]; None where an outer optimizer trains them.
         batch_size: N, the global batch. When m > N, the features of the last ⌈m/N⌉ batches are remembered for restarts.
 
     Raises:
@@ -39,16 +36,21 @@ class PrototypeNormalizer(nn.Module):
     recent: Tensor
 
     def __init__(
-        self, num_prototypes: int, dim: int, eps: float, optimizer: PrototypeOptimizer, batch_size: int
+        self,
+        num_prototypes: int,
+        dim: int,
+        eps: float,
+        inner_objective: InnerObjective,
+        make_optimizer: OptimizerMaker | None,
+        batch_size: int,
     ) -> None:
-        super().__init__()
         if num_prototypes < 1:
             raise ValueError(f"--npn_num_protos {num_prototypes}: a normalizer needs at least 1 prototype")
+        shape = (2, num_prototypes, dim)
+        super().__init__(eps, inner_objective, make_optimizer(shape) if make_optimizer else None)
         self.num_prototypes = num_prototypes
-        self.log_eps = math.log(eps) if eps > 0 else -math.inf
-        self.optimizer = optimizer
         # Rows beyond `active` are not in use yet: before the first m samples were seen there is nothing to fill them with.
-        self.register_buffer("prototypes", torch.zeros(2, num_prototypes, dim))
+        register_weights(self, "prototypes", torch.zeros(shape), outer=make_optimizer is None)
         self.active = 0
         # [image features, text features] of the last m samples, newest batch first; empty when every batch alone has m.
         self.register_buffer("recent", torch.zeros(2, num_prototypes if num_prototypes > batch_size else 0, dim))
@@ -81,68 +83,55 @@ class PrototypeNormalizer(nn.Module):
         is_zero = source.norm(dim=2, keepdim=True) == 0
         source = torch.where(is_zero, source.shape[2] ** -0.5, source)
         self.prototypes[:, : self.active].copy_(source.flip(0))
-        self.optimizer.reset()
+        if self.optimizer is not None:
+            self.optimizer.reset()
 
-    @torch.no_grad()
-    def fit(self, batch: GlobalBatch, log_targets: Tensor, logit_scale: Tensor, updates: int) -> None:
-        """`updates` gradient steps on one batch; features and targets stay fixed.
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.prototypes.dtype
 
-        Args:
-            log_targets: [2, N], T of every anchor of the global batch.
-            logit_scale: 0-dim tensor, 1/τ.
-        """
-        prototypes = self.prototypes[:, : self.active]
-        anchors, positive, logit_scale = self._local_anchors(batch, logit_scale)
-        targets = log_targets[:, batch.local].to(prototypes.dtype)
-        for _ in range(updates):
-            length = prototypes.norm(dim=2, keepdim=True).clamp_min(1e-12)
-            unit = prototypes / length
-            shares, log_factor, log_normalizers = self._compare(anchors, unit, positive, logit_scale)
-            # dF/dα_i = ½·τ/N·(1 − exp(T_i − α_i));  dα_i/dcos_ij = p_ij/τ;  p_ij = the share of prototype j in exp(α_i)
-            excess = 1.0 - (targets - log_normalizers).clamp_max(LOG_WEIGHT_CEILING).exp()
-            coefficients = shares.mul_((log_factor.exp() * excess / (2 * batch.size))[:, :, None])
-            gradient = torch.bmm(coefficients.transpose(1, 2), anchors)
-            distributed.all_reduce_sum_(gradient)
-            tangent = (gradient - (gradient * unit).sum(dim=2, keepdim=True) * unit) / length
-            self.optimizer.update_(prototypes, tangent)
+    def _weights(self) -> Tensor:
+        return self.prototypes.detach()[:, : self.active]
 
-    @torch.no_grad()
-    def predict(self, batch: GlobalBatch, logit_scale: Tensor) -> Tensor:
-        """α of every anchor of the global batch, [2, N]."""
-        unit = F.normalize(self.prototypes[:, : self.active], dim=2)
-        anchors, positive, logit_scale = self._local_anchors(batch, logit_scale)
-        local = self._compare(anchors, unit, positive, logit_scale)[2]
-        return distributed.all_gather(local.to(batch.features.dtype), dim=1)
+    def _predict(self, anchors: LocalAnchors) -> Tensor:
+        return self._compare(anchors, F.normalize(self._weights(), dim=2))[2]
 
-    def _local_anchors(self, batch: GlobalBatch, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """This rank's anchors [2, B, d], their s_ii [B], and 1/τ, in the prototypes' dtype."""
-        tensors = (batch.features[:, batch.local], batch.positive[batch.local], logit_scale)
-        anchors, positive, scale = (tensor.to(self.prototypes.dtype) for tensor in tensors)
-        return anchors, positive, scale
+    def _differentiate(self, weights: Tensor, anchors: LocalAnchors, targets: Tensor) -> tuple[Tensor, Tensor]:
+        length = weights.norm(dim=2, keepdim=True).clamp_min(1e-12)
+        unit = weights / length
+        shares, log_factor, log_normalizers = self._compare(anchors, unit)
+        # dα_i/dcos_ij = p_ij/τ with p_ij = the share of prototype j in exp(α_i)
+        by_log_mean = log_factor.exp() * self._by_log_normalizer(log_normalizers, targets, anchors)
+        by_cosine = shares.mul_((by_log_mean * anchors.logit_scale)[:, :, None])
+        gradient = torch.bmm(by_cosine.transpose(1, 2), anchors.features)
+        # A cosine does not change with a prototype's length: only what is tangent to the sphere counts.
+        return log_normalizers, (gradient - (gradient * unit).sum(dim=2, keepdim=True) * unit) / length
 
-    def _compare(
-        self, anchors: Tensor, unit: Tensor, positive: Tensor, logit_scale: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _by_parameter(self, gradient: Tensor) -> tuple[Tensor, ...]:
+        full = torch.zeros_like(self.prototypes)
+        full[:, : self.active] = gradient
+        return (full,)
+
+    def _compare(self, anchors: LocalAnchors, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Compare anchors with unit prototypes; one exp per pair, and one [2, B, m_active] block in all.
 
         Returns:
             shares [2, B, m_active], exp(logit − the row's largest); the log [2, B] of the factor that turns them into each
             prototype's part of exp(α); α [2, B].
         """
-        shares = torch.bmm(anchors * logit_scale, unit.transpose(1, 2))
+        shares = torch.bmm(anchors.features * anchors.logit_scale, unit.transpose(1, 2))
         largest = shares.amax(dim=2)
         shares.sub_(largest[:, :, None]).exp_()
-        offset = largest - positive * logit_scale - math.log(self.active)
-        log_mean = shares.sum(dim=2).log() + offset
-        log_normalizers = torch.logaddexp(log_mean, log_mean.new_full((), self.log_eps))
+        offset = largest - anchors.positive * anchors.logit_scale - math.log(self.active)
+        log_normalizers = self._add_eps(shares.sum(dim=2).log() + offset)
         return shares, offset - log_normalizers, log_normalizers
 
     def get_extra_state(self) -> dict[str, int]:
         return {"active": self.active, "num_recent": self.num_recent}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        self.active = state["active"]
-        self.num_recent = min(state["num_recent"], self.recent.shape[1])
+        super().set_extra_state(state)
+        self.num_recent = min(self.num_recent, self.recent.shape[1])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The memory exists only where m > N, and N may change from one start to the next.

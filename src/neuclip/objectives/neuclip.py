@@ -6,7 +6,8 @@ cross-entropies), α1 and α2 being the predicted logarithms of ε + g1 and ε +
     ½·mean_i τ·[ exp(−α1_i)·(ε + g1_i) + α1_i − 1  +  exp(−α2_i)·(ε + g2_i) + α2_i − 1 ] + τ·ρ
 
 One step (Algorithm 1): restart the NPN if it is due; T_u updates of the NPN on this batch; then the gradient in the features
-and in τ with α held constant.
+and in τ with α held constant. The paper's ablations change what the NPN is (prototypes or an MLP), what it is
+trained on (the part of the objective that depends on α, or a squared error) and when (before the encoders, or with them).
 """
 
 from __future__ import annotations
@@ -18,42 +19,42 @@ import torch
 from torch import Tensor
 
 from neuclip import distributed
-from neuclip.normalizers import PROTOTYPE_OPTIMIZERS, GammaSchedule, PrototypeNormalizer, log_mix
+from neuclip.normalizers import GammaSchedule, NormalizerNetwork, Optimization, log_mix
 from neuclip.objectives.base import Objective, Output, RunShape
 from neuclip.objectives.global_flags import (
     TITLE,
     add_global_arguments,
     check_global_args,
-    check_range,
     gamma_schedule,
     learns_one_temperature,
 )
+from neuclip.objectives.npn_flags import add_npn_arguments, build_network, build_optimization, resolve_npn_args
 from neuclip.objectives.reporting import add_log_eps, common_metrics
 from neuclip.pairwise import PairwiseGradient, batch_log_means, gather_batch, pairwise_gradient, with_gradients
 
 
 class NeuCLIP(Objective):
-    """The robust global contrastive loss with a prototype NPN.
+    """The robust global contrastive loss with an NPN.
 
     Args:
         normalizer: the NPN.
+        optimization: when and by what it is trained.
         gamma: weight of the batch's own estimate in the normalizer handed to the encoders; None for Algorithm 1 as printed.
-        repetitions: T_u, NPN updates per batch.
         restart_every: T_r, steps between restarts; 0 restarts only at the beginning.
         eps, rho: ε and ρ above.
         learn_temperature: whether τ is learnt.
     """
 
     name = "neuclip"
-    summary = "robust global contrastive loss, normalizers predicted by a network of prototypes"
+    summary = "robust global contrastive loss, normalizers predicted by a small network"
     synonyms = (frozenset({"fastclip", "npn"}), frozenset({"npn"}))
     shared_arguments = ((TITLE, add_global_arguments),)
 
     def __init__(
         self,
-        normalizer: PrototypeNormalizer,
+        normalizer: NormalizerNetwork,
+        optimization: Optimization,
         gamma: GammaSchedule | None,
-        repetitions: int = 10,
         restart_every: int = 500,
         eps: float = 1e-8,
         rho: float = 8.0,
@@ -61,30 +62,15 @@ class NeuCLIP(Objective):
     ) -> None:
         super().__init__(learn_temperature)
         self.normalizer = normalizer
+        self.optimization = optimization
         self.gamma = gamma
-        self.repetitions = repetitions
         self.restart_every = restart_every
         self.log_eps = math.log(eps) if eps > 0 else -math.inf
         self.rho = rho
 
     @classmethod
     def add_arguments(cls, group: _ArgumentGroup) -> None:
-        group.add_argument("--npn_num_protos", type=int, default=4096, help="m, prototypes per modality")
-        group.add_argument("--npn_repetition", type=int, default=10, help="T_u, NPN updates per batch")
-        group.add_argument(
-            "--npn_restart_iter",
-            type=int,
-            default=500,
-            help="T_r, steps between restarts from fresh features; 0: never",
-        )
-        group.add_argument("--npn_lr", type=float, default=1.0, help="learning rate of the prototypes")
-        group.add_argument("--npn_wd", type=float, default=0.0, help="weight decay of the prototypes (adagrad only)")
-        group.add_argument(
-            "--npn_optimizer",
-            choices=sorted(PROTOTYPE_OPTIMIZERS, reverse=True),
-            default="adagrad_norm",
-            help="adagrad_norm: one step size per matrix, rows of unit length; adagrad: one per coordinate",
-        )
+        add_npn_arguments(group)
 
     @classmethod
     def resolve_args(cls, args: Namespace) -> None:
@@ -95,29 +81,21 @@ class NeuCLIP(Objective):
         args.gamma_decay_epochs = float(args.epochs) if args.gamma_decay_epochs is None else args.gamma_decay_epochs
         check_global_args(args)
         learns_one_temperature(args)
-        for flag, least in (("npn_num_protos", 1), ("npn_repetition", 0), ("npn_restart_iter", 0)):
-            if getattr(args, flag) < least:
-                raise ValueError(f"--{flag} {getattr(args, flag)} is too small: give {least} or more")
-        check_range(args, "npn_lr", above=0.0, remedy="the paper uses 1.0")
-        check_range(args, "npn_wd", least=0.0, remedy="the paper uses 0")
-        PROTOTYPE_OPTIMIZERS[args.npn_optimizer](1, 1, args.npn_lr, args.npn_wd)  # checks --npn_wd
+        resolve_npn_args(args)
 
     @classmethod
     def from_args(cls, args: Namespace, shape: RunShape) -> NeuCLIP:
-        optimizer = PROTOTYPE_OPTIMIZERS[args.npn_optimizer](
-            args.npn_num_protos, shape.embed_dim, args.npn_lr, args.npn_wd
-        )
-        return cls(
-            PrototypeNormalizer(
-                args.npn_num_protos, shape.embed_dim, args.fastclip_eps, optimizer, shape.global_batch_size
-            ),
+        objective = cls(
+            build_network(args, shape),
+            build_optimization(args),
             gamma=gamma_schedule(args, shape) if args.gamma > 0 else None,
-            repetitions=args.npn_repetition,
             restart_every=args.npn_restart_iter,
             eps=args.fastclip_eps,
             rho=args.rho,
             learn_temperature=learns_one_temperature(args),
         )
+        objective.outer_weight_decay = args.npn_wd
+        return objective
 
     def compute(
         self,
@@ -135,24 +113,25 @@ class NeuCLIP(Objective):
             self.normalizer.observe(batch)
             if self._restart_is_due():
                 self.normalizer.restart(batch)
-            self.normalizer.fit(batch, log_estimate, logit_scale, self.repetitions)
-            predicted = self.normalizer.predict(batch, logit_scale)
+            learnt = self.optimization.learn(self.normalizer, batch, log_estimate, logit_scale, self.report)
+            predicted = distributed.all_gather(learnt.log_normalizers, dim=1)
             gamma = 0.0 if self.gamma is None else self.gamma.at(self.epoch, self.step)
             log_normalizers = log_mix(predicted, log_estimate, gamma)
 
             pairwise = pairwise_gradient(batch, log_normalizers, logit_scale)
             own = log_normalizers[:, batch.local]
             value, scale_gradient = self._value_and_scale_gradient(pairwise, own, logit_scale)
-        inputs = (image_features, text_features, logit_scale)
-        loss = with_gradients(value, inputs, (pairwise.features[0], pairwise.features[1], scale_gradient))
+        inputs = (image_features, text_features, logit_scale, *learnt.parameters)
+        gradients = (pairwise.features[0], pairwise.features[1], scale_gradient, *learnt.gradients)
+        loss = with_gradients(value, inputs, gradients)
         if not self.report:
             return Output(loss)
         with torch.no_grad():
-            estimate, alpha = log_estimate[:, batch.local], predicted[:, batch.local]
             # The NPN's own prediction is reported, before the batch's estimate is mixed in.
+            estimate, alpha = log_estimate[:, batch.local], learnt.log_normalizers
             metrics = common_metrics(batch, log_means, estimate, alpha, logit_scale, self.rho)
             metrics["gamma"] = logit_scale.new_full((), gamma)
-            return Output(loss, metrics)
+            return Output(loss, metrics | learnt.metrics)
 
     def _value_and_scale_gradient(
         self, pairwise: PairwiseGradient, log_normalizers: Tensor, logit_scale: Tensor
