@@ -19,6 +19,9 @@ RUNS = {name: f"--objective {name}" for name in OBJECTIVES} | {
     "neuclip, m>N": "--objective neuclip --npn_num_protos 20 --npn_restart_iter 4",
     "neuclip, adagrad": "--objective neuclip --npn_num_protos 20 --npn_optimizer adagrad --npn_wd 0.1",
     "neuclip, printed": "--objective neuclip --npn_num_protos 8 --gamma 0",
+    "amorlip, kl_div_asym": "--objective amorlip --lambda_loss_type kl_div_asym --lambda_tolerance 1",
+    "amorlip, js_div": "--objective amorlip --lambda_loss_type js_div --no-fit_w_prev --no-calculate_full",
+    "amorlip, kl_div_sym": "--objective amorlip --lambda_loss_type kl_div_sym --adaptive_tau --lambda_fit_neg_only",
 }
 
 
