@@ -131,11 +131,11 @@ def run(flags: str, checkpoint: bytes | None = None) -> Record:
 
 
 def run_all(variants: dict[str, str], checkpoints: dict[str, bytes]) -> dict[str, Any]:
-    """Every variant from the beginning, those with a checkpoint also from there, and the messages of NeuCLIP steps."""
+    """Every variant from the beginning, those with a checkpoint also from there, and the messages of steps with networks."""
     return {
         "runs": {name: run(flags) for name, flags in variants.items()},
         "continued": {name: run(variants[name], checkpoint) for name, checkpoint in checkpoints.items()},
-        "messages": {name: messages(variants[name]) for name in variants if name.startswith("neuclip")},
+        "messages": {name: messages(variants[name]) for name in variants if name.startswith(("neuclip", "amorlip"))},
     }
 
 

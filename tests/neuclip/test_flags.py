@@ -223,7 +223,7 @@ def test_an_mlp_has_defaults_of_its_own() -> None:
     assert isinstance(objective.normalizer.inner_objective, Separate)
     assert isinstance(objective.normalizer.optimizer, AdaGrad)
     assert objective.normalizer.optimizer.lr == 0.01
-    assert (objective.normalizer.dim, objective.normalizer.hidden) == (6, 6)
+    assert objective.normalizer.mlp.shapes["linear_1.weight"] == (6, 6)
     assert (objective.restart_every, objective.optimization) == (0, Alternating(10))
 
 

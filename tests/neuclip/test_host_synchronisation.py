@@ -24,6 +24,9 @@ RUNS = {name: f"--objective {name}" for name in OBJECTIVES} | {
     "neuclip, mlp, adagrad_norm": "--objective neuclip --npn_arch mlp --npn_optimizer adagrad_norm --npn_wd 0.1",
     "neuclip, simultaneous": "--objective neuclip --npn_optimization simultaneous --npn_num_protos 20",
     "neuclip, simultaneous, mlp": "--objective neuclip --npn_optimization simultaneous --npn_arch mlp --npn_restart_iter 2",
+    "amorlip, kl_div_asym": "--objective amorlip --lambda_loss_type kl_div_asym --lambda_tolerance 1",
+    "amorlip, js_div": "--objective amorlip --lambda_loss_type js_div --no-fit_w_prev --no-calculate_full",
+    "amorlip, kl_div_sym": "--objective amorlip --lambda_loss_type kl_div_sym --adaptive_tau --lambda_fit_neg_only",
 }
 
 

@@ -204,7 +204,7 @@ def test_many_updates_on_one_batch_approach_its_normalizers(flags: str, features
         objective = make(f"--objective neuclip {flags} --npn_repetition {updates} --gamma 0")
         gaps.append(float(objective(images, texts, scalar(10.0)).metrics["log_normalizer_gap"]))
     assert gaps[1] < 0.7 * gaps[0]
-    assert gaps[2] < 0.2 * gaps[0]
+    assert gaps[2] < 0.25 * gaps[0]
 
 
 @pytest.mark.parametrize("network", [f"--npn_num_protos {N}", "--npn_arch mlp"])

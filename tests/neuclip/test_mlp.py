@@ -14,16 +14,17 @@ def from_modules(mlps: ResidualMLPs, modality: int, anchors: Tensor) -> Tensor:
     """λ of one modality through nn.Linear and nn.LayerNorm with that modality's weights."""
     into, back, out = nn.Linear(DIM, HIDDEN), nn.Linear(HIDDEN, DIM), nn.Linear(DIM, 1)
     hidden_norm, back_norm = nn.LayerNorm(HIDDEN), nn.LayerNorm(DIM)
-    for module, weight, bias in (
-        (into, mlps.weight_in, mlps.bias_in),
-        (back, mlps.weight_back, mlps.bias_back),
-        (out, mlps.weight_out, mlps.bias_out),
-        (hidden_norm, mlps.gain_hidden, mlps.shift_hidden),
-        (back_norm, mlps.gain_back, mlps.shift_back),
+    parts = mlps.named_parts(mlps.weights)
+    for name, module in (
+        ("linear_1", into),
+        ("linear_2", back),
+        ("linear_3", out),
+        ("norm_1", hidden_norm),
+        ("norm_2", back_norm),
     ):
         module.to(anchors.dtype)
-        module.weight.data.copy_(weight[modality].T.reshape(module.weight.shape))
-        module.bias.data.copy_(bias[modality].flatten())
+        module.weight.data.copy_(parts[f"{name}.weight"][modality].view(module.weight.shape))
+        module.bias.data.copy_(parts[f"{name}.bias"][modality].view(module.bias.shape))
     residual = back_norm(back(hidden_norm(into(anchors).relu())).relu()) + anchors
     return out(residual.relu())[:, 0]
 
@@ -50,13 +51,13 @@ def test_weights_are_buffers_stacked_per_modality_and_drawn_from_their_own_gener
     assert all(buffer.shape[0] == 2 for buffer in mlps.buffers())
     mlps.reinitialise(1)
     others.reinitialise(2)
-    assert not torch.equal(mlps.weight_in, others.weight_in)
-    assert not torch.equal(mlps.weight_in[0], mlps.weight_in[1])
+    parts = mlps.named_parts(mlps.weights)
+    first = parts["linear_1.weight"]
+    assert not torch.equal(first, others.named_parts(others.weights)["linear_1.weight"])
+    assert not torch.equal(first[0], first[1])
     others.reinitialise(1)
-    for first, second in zip(mlps.buffers(), others.buffers()):
-        assert torch.equal(first, second)
+    assert torch.equal(mlps.weights, others.weights)
     assert torch.equal(torch.rand(3), expected)
     # As nn.Linear: uniform within ±1/√(inputs).
-    assert mlps.weight_in.abs().max() <= DIM**-0.5
-    assert mlps.weight_back.abs().max() <= HIDDEN**-0.5
-    assert mlps.weight_in.abs().max() > 0.8 * DIM**-0.5
+    assert 0.8 * DIM**-0.5 < first.abs().max() <= DIM**-0.5
+    assert 0.8 * HIDDEN**-0.5 < parts["linear_2.weight"].abs().max() <= HIDDEN**-0.5

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from neuclip import OBJECTIVES, Objective, RunShape, make_objective
 from neuclip.normalizers import MLPNormalizer, PrototypeNormalizer
+from neuclip.objectives.amorlip import AmorLIP
 from neuclip.objectives.neuclip import NeuCLIP
 
 from .conftest import FeatureMaker
@@ -160,6 +161,43 @@ def test_predictions_far_above_and_far_below_are_finite_in_value(features: Featu
     # α = 0 against T = 200.
     alpha_gap = objective(images, texts, torch.tensor(COLDEST)).metrics["log_normalizer_gap_max"]
     assert float(alpha_gap) == pytest.approx(200.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("extra", ["", "--no-fit_w_prev", "--z_beta_max 1 --beta_decay_epochs 0.5", "--div_reg_coef 0"])
+@pytest.mark.parametrize("loss", ["log_l2", "kl_div_asym", "kl_div_sym", "js_div"])
+@pytest.mark.parametrize("offset", [-300.0, 300.0])
+def test_amorlip_is_finite_with_predictions_off_by_hundreds(loss: str, extra: str, offset: float) -> None:
+    """All networks say a number far below or above every target; adversarial features, τ = 0.01, in a later epoch."""
+    for case in CASES:
+        images, texts = adversarial(case, torch.float32)
+        flags = f"--objective amorlip --lambda_loss_type {loss} --reinit_lambda_every_n_epochs 0 {extra}"
+        objective = make_objective(flags, RunShape(DIM, images.shape[0], 1, 3, 4))
+        assert isinstance(objective, AmorLIP)
+        networks = (objective.normalizer.current, objective.normalizer.average)
+        for network in networks:
+            network.named_parts(network.weights)["linear_3.bias"].fill_(offset)
+        objective.start_epoch(2)
+        for _ in range(3):
+            assert_finite_step(objective, images, texts)
+
+
+@pytest.mark.parametrize("loss", ["log_l2", "kl_div_asym", "kl_div_sym", "js_div"])
+def test_amorlip_comes_back_from_far_below(loss: str, features: FeatureMaker) -> None:
+    """Where a divergence is clamped it still has a gradient, without any help from the squared difference."""
+    objective = make_objective(
+        f"--objective amorlip --lambda_loss_type {loss} --div_reg_coef 0 --lambda-lr 0.1 --no-fit_w_prev",
+        RunShape(6, 8, 1, 3, 1),
+    )
+    assert isinstance(objective, AmorLIP)
+    network = objective.normalizer.current
+    network.named_parts(network.weights)["linear_3.bias"].fill_(-300.0)
+    images, texts = features(0, 8, dtype=torch.float32)
+    predicted = []
+    for _ in range(5):
+        objective(images, texts, torch.tensor(COLDEST))
+        predicted.append(float(network(torch.stack((images, texts)).detach()).mean()))
+    assert predicted == sorted(predicted)
+    assert predicted[-1] > predicted[0] + 5
 
 
 # Each objective, and NeuCLIP with an MLP and with weights for the outer optimizer.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from neuclip import OBJECTIVES, Objective, RunShape, make_objective
 from neuclip.normalizers import PrototypeNormalizer
+from neuclip.objectives.amorlip import AmorLIP
 from neuclip.objectives.neuclip import NeuCLIP
 from neuclip.pairwise import gather_batch
 
@@ -37,6 +38,9 @@ RUNS = {name: f"--objective {name}" for name in OBJECTIVES} | {
     "neuclip, simultaneous, m>N": f"{TOGETHER} --npn_num_protos 20 --npn_restart_iter 5 --npn_objective separate",
     "neuclip, simultaneous, long filling": f"{TOGETHER} --npn_num_protos 45",
     "neuclip, simultaneous, mlp": f"{TOGETHER} --npn_arch mlp --npn_restart_iter 3",
+    "amorlip, one network": "--objective amorlip --reinit_lambda_every_n_epochs 0 --update_ema_mlps_every_n_steps 1",
+    "amorlip, average": "--objective amorlip --no-fit_w_prev --reinit_lambda_every_n_epochs 2 --lambda_fit_neg_only",
+    "amorlip, js_div": "--objective amorlip --lambda_loss_type js_div --update_lambda_every_n_steps 2 --adaptive_tau",
 }
 
 
@@ -163,6 +167,36 @@ def test_another_batch_size_does_not_throw_fitted_prototypes_away(features: Feat
     assert isinstance(original, NeuCLIP)
     assert isinstance(loaded, NeuCLIP)
     assert torch.equal(loaded.normalizer.prototypes, original.normalizer.prototypes)
+
+
+@pytest.mark.parametrize("saved_after", [1, 4, 6])
+def test_starting_an_epoch_again_changes_nothing(saved_after: int, features: FeatureMaker) -> None:
+    """Whoever resumes within an epoch starts it once more; the networks are not to begin anew for that."""
+    flags = "--objective amorlip --update_ema_mlps_every_n_steps 1"
+    original = make(flags)
+    train(original, range(saved_after), features)
+    saved = through_a_file(original.state_dict())
+    loaded = make(flags)
+    loaded.load_state_dict(saved)
+    loaded.start_epoch(original.epoch)
+    assert_same_state(loaded.state_dict(), saved)
+    assert isinstance(loaded, AmorLIP)
+    assert not torch.equal(loaded.normalizer.current.weights, loaded.normalizer.average.weights)
+    # The next epoch does begin anew, also where it was never seen before.
+    following = original.epoch + 1
+    for objective in (original, loaded):
+        objective.start_epoch(following)
+    assert_same_state(loaded.state_dict(), original.state_dict())
+    assert torch.equal(loaded.normalizer.current.weights, loaded.normalizer.average.weights)
+    assert torch.equal(loaded.normalizer.previous.weights, saved["normalizer.average.weights"])
+    assert loaded.normalizer.optimizer.updates == 0
+    assert not loaded.normalizer.optimizer.second_moment.any()
+
+
+def test_networks_of_another_width_are_refused() -> None:
+    saved = through_a_file(make("--objective amorlip").state_dict())
+    with pytest.raises(RuntimeError, match="weights"):
+        make("--objective amorlip --h_dim_factor 2").load_state_dict(saved)
 
 
 def test_another_number_of_prototypes_is_refused(features: FeatureMaker) -> None:

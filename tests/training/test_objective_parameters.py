@@ -12,7 +12,8 @@ from torch import Tensor
 from end_to_end.runs import flat_tensors
 from ranks import run_on_ranks
 from small_training import CPU, make_args, make_batches, make_training
-from training.checkpoint import read_checkpoint, save_checkpoint
+from training.atomic_files import write_atomically
+from training.checkpoint import read_checkpoint
 from training.distributed import World
 from training.errors import UserError
 from training.loop import Training, train_one_epoch
@@ -56,7 +57,7 @@ def test_a_resumed_run_continues_to_the_last_bit(network: str, saved_after: int,
         train_one_epoch(whole, epoch)
         whole.state.epoch = epoch + 1
         if epoch + 1 == saved_after:
-            save_checkpoint(whole.state.to_checkpoint("run", "small"), tmp_path / "saved.pt")
+            write_atomically(tmp_path / "saved.pt", whole.state.to_checkpoint("run", "small"))
     resumed = _training(network)
     resumed.state.load(read_checkpoint(tmp_path / "saved.pt"), tmp_path / "saved.pt", "small")
     for epoch in range(saved_after, 3):
@@ -106,7 +107,7 @@ def test_updates_do_not_depend_on_the_number_of_ranks() -> None:
 
 def test_a_checkpoint_of_alternating_optimization_is_refused(tmp_path: Path) -> None:
     alternating = make_training(make_args("--objective", "neuclip", *PROTOTYPES), make_batches(2, 8))
-    save_checkpoint(alternating.state.to_checkpoint("run", "small"), tmp_path / "saved.pt")
+    write_atomically(tmp_path / "saved.pt", alternating.state.to_checkpoint("run", "small"))
     simultaneous = _training("prototypes")
     with pytest.raises(UserError, match="does not fit the present flags"):
         simultaneous.state.load(read_checkpoint(tmp_path / "saved.pt"), tmp_path / "saved.pt", "small")

@@ -62,6 +62,48 @@ def test_published_command() -> None:
     assert {name: getattr(args, name) for name in expected} == expected
 
 
+def test_published_amorlip_command() -> None:
+    command = (
+        '--amorlip --lambda-lr 0.001 --lambda-update-frequency "[3]" --learn-logit-scale --lambda_tolerance=5e-3 '
+        "--calculate_full --h_dim_factor 1 --lr_tau 1e-4 --scale_loss --model_ema_beta 0.92 --beta_decay_epochs 16 "
+        "--z_beta_max 0.8 --update_ema_mlps_every_n_steps 2 --pos_coef 1e-3 --fit_w_prev --lambda_eps 0. "
+        '--reinit_lambda_every_n_epochs 1 --rho_list="[8.5 -8.5 -8.5]" --lambda_loss_type "log_l2" --grad-clip-norm 1.0'
+    )
+    args = parse_args([*DATA, *shlex.split(command)])
+    expected = {
+        "objective": "amorlip",
+        "lambda_lr": 1e-3,
+        "lambda_update_frequency": "[3]",
+        "learn_logit_scale": True,
+        "lambda_tolerance": 5e-3,
+        "calculate_full": True,
+        "h_dim_factor": 1.0,
+        "lr_tau": 1e-4,
+        "scale_loss": True,
+        "model_ema_beta": 0.92,
+        "beta_decay_epochs": 16.0,
+        "z_beta_max": 0.8,
+        "update_ema_mlps_every_n_steps": 2,
+        "pos_coef": 1e-3,
+        "fit_w_prev": True,
+        "lambda_eps": 0.0,
+        "reinit_lambda_every_n_epochs": 1,
+        "rho_list": "[8.5 -8.5 -8.5]",
+        "lambda_loss_type": "log_l2",
+        "grad_clip_norm": 1.0,
+    }
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("flag", ["fit_w_prev", "scale_loss", "calculate_full"])
+def test_switches_are_turned_off_in_every_spelling(flag: str) -> None:
+    hyphens = flag.replace("_", "-")
+    for spelling in (f"--no-{flag}", f"--no_{flag}", f"--no-{hyphens}"):
+        assert getattr(parse_args([*DATA, "--amorlip", spelling]), flag) is False
+    for spelling in ([], [f"--{flag}"], [f"--{hyphens}"]):
+        assert getattr(parse_args([*DATA, "--amorlip", *spelling]), flag) is True
+
+
 def test_published_command_needs_no_line_breaks() -> None:
     assert vars(parse_args(shlex.split(PUBLISHED.replace("\n", " ")))) == vars(parse_args(published_flags()))
 
@@ -97,7 +139,10 @@ def test_every_flag_with_hyphens_and_underscores(
         if len(values) == 1:
             found.append(getattr(parse_args([f"{spelling}={values[0]}"]), action.dest))
     assert all(value == found[0] for value in found)
-    assert found[0] not in (None, False)
+    if isinstance(action, argparse.BooleanOptionalAction) and option.startswith("--no-"):
+        assert found[0] is False
+    else:
+        assert found[0] not in (None, False)
 
 
 def test_mixed_spellings_within_a_flag() -> None:
@@ -128,6 +173,8 @@ def test_abbreviations_are_refused() -> None:
         ("--npn", "neuclip"),
         ("--objective neuclip --fastclip", "neuclip"),
         ("--objective neuclip --fastclip --npn", "neuclip"),
+        ("--amorlip", "amorlip"),
+        ("--objective amorlip --amorlip", "amorlip"),
     ],
 )
 def test_synonyms(flags: str, objective: str) -> None:
@@ -142,6 +189,8 @@ def test_synonyms(flags: str, objective: str) -> None:
         "--objective openclip --siglip",
         "--objective neuclip --siglip",
         "--siglip --npn",
+        "--amorlip --npn",
+        "--objective amorlip --siglip",
         "--siglip --fastclip --npn",
         "--objective neuclip --fastclip --npn --siglip",
     ],
@@ -182,6 +231,7 @@ def _group(title: str) -> str:
         ("objective siglip", ["--loss-dist-impl"]),
         ("objective neuclip", ["--npn_num_protos", "--npn_repetition", "--npn_restart_iter", "--npn_lr"]),
         ("objective neuclip", ["--npn_arch", "--npn_objective", "--npn_optimization", "--npn_optimizer", "--npn_wd"]),
+        ("objective amorlip", ["--lambda-lr", "--fit_w_prev", "--rho_list", "--learn-logit-scale"]),
         ("data", ["--train-data", "--val-data", "--train-num-samples", "--csv-separator", "--workers"]),
         ("model", ["--model", "--model-config", "--pretrained", "--precision", "--force-image-size", "--aug-cfg"]),
         ("frozen towers", ["--lock-image", "--lock-text", "--lock-image-unlocked-groups"]),

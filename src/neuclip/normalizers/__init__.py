@@ -1,6 +1,9 @@
 """Estimators of the log-normalizer log(ε + g) of every sample: what differs between the methods."""
 
 from neuclip.normalizers.adagrad import AdaGrad, AdaGradNorm, InnerOptimizer, UnitRowsAdaGradNorm
+from neuclip.normalizers.adam import Adam
+from neuclip.normalizers.amortised import AmortisedNormalizer
+from neuclip.normalizers.divergences import DIVERGENCES, fit_loss
 from neuclip.normalizers.inner_objectives import INNER_OBJECTIVES, InnerObjective, Separate, Unified
 from neuclip.normalizers.mixing import GammaSchedule, log_mix
 from neuclip.normalizers.mlp import ResidualMLPs
@@ -11,11 +14,14 @@ from neuclip.normalizers.prototypes import PrototypeNormalizer
 from neuclip.normalizers.table import PLACES, Placement, ShardedTable
 
 __all__ = [
+    "DIVERGENCES",
     "INNER_OBJECTIVES",
     "PLACES",
     "AdaGrad",
     "AdaGradNorm",
+    "Adam",
     "Alternating",
+    "AmortisedNormalizer",
     "GammaSchedule",
     "InnerObjective",
     "InnerOptimizer",
@@ -30,5 +36,6 @@ __all__ = [
     "Simultaneous",
     "Unified",
     "UnitRowsAdaGradNorm",
+    "fit_loss",
     "log_mix",
 ]

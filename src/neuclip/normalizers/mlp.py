@@ -1,6 +1,11 @@
-"""Two small residual MLPs, one per modality, that map a feature to a number (the λ1 and λ2 of AmorLIP)."""
+"""Two residual MLPs, one per modality, that map a feature to one number: the networks of AmorLIP.
+
+e → Linear d→h → ReLU → LayerNorm → Linear h→d → ReLU → LayerNorm → + e → ReLU → Linear d→1
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -8,68 +13,85 @@ from torch import Tensor, nn
 
 
 class ResidualMLPs(nn.Module):
-    """λ1 for image features, λ2 for text features:
+    """The networks of both modalities side by side, all weights of each in one row.
 
-        y = LayerNorm(ReLU(Linear d→h (x)));  z = LayerNorm(ReLU(Linear h→d (y)));  λ(x) = Linear d→1 (ReLU(z + x))
-
-    The weights are buffers, stacked [2, ...] per modality: whoever holds the networks decides how they learn. For gradients,
-    give other tensors to torch.func.functional_call.
+    One tensor makes what is done to all weights alike one operation: a gradient to sum over the ranks, a moving average, a
+    step of an optimizer, a copy. It is a buffer and not a parameter, because the outer optimizer takes every parameter.
 
     Args:
         dim: d, width of the features.
-        hidden: h.
+        hidden: h, width of the hidden layer.
+        seed: of the initial weights.
+
+    Attributes:
+        weights: [2, P] float32 (float64 in tests); `named_parts` tells what is where.
+
+    Raises:
+        ValueError: hidden is not positive.
     """
 
-    weight_in: Tensor
-    bias_in: Tensor
-    gain_hidden: Tensor
-    shift_hidden: Tensor
-    weight_back: Tensor
-    bias_back: Tensor
-    gain_back: Tensor
-    shift_back: Tensor
-    weight_out: Tensor
-    bias_out: Tensor
+    weights: Tensor
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, seed: int = 0) -> None:
         super().__init__()
-        self.register_buffer("weight_in", torch.zeros(2, dim, hidden))
-        self.register_buffer("bias_in", torch.zeros(2, 1, hidden))
-        self.register_buffer("gain_hidden", torch.zeros(2, 1, hidden))
-        self.register_buffer("shift_hidden", torch.zeros(2, 1, hidden))
-        self.register_buffer("weight_back", torch.zeros(2, hidden, dim))
-        self.register_buffer("bias_back", torch.zeros(2, 1, dim))
-        self.register_buffer("gain_back", torch.zeros(2, 1, dim))
-        self.register_buffer("shift_back", torch.zeros(2, 1, dim))
-        self.register_buffer("weight_out", torch.zeros(2, dim, 1))
-        self.register_buffer("bias_out", torch.zeros(2, 1, 1))
-        self.reinitialise(0)
+        if hidden < 1:
+            raise ValueError(f"a hidden layer of width {hidden}: give 1 or more")
+        self.shapes: dict[str, tuple[int, ...]] = {
+            "linear_1.weight": (hidden, dim),
+            "linear_1.bias": (hidden,),
+            "norm_1.weight": (hidden,),
+            "norm_1.bias": (hidden,),
+            "linear_2.weight": (dim, hidden),
+            "linear_2.bias": (dim,),
+            "norm_2.weight": (dim,),
+            "norm_2.bias": (dim,),
+            "linear_3.weight": (dim,),
+            "linear_3.bias": (),
+        }
+        self.inputs = {"linear_1": dim, "linear_2": hidden, "linear_3": dim}
+        self.register_buffer("weights", torch.zeros(2, sum(math.prod(shape) for shape in self.shapes.values())))
+        self.reinitialise(seed)
 
     @torch.no_grad()
     def reinitialise(self, seed: int) -> None:
-        """New random weights, drawn as nn.Linear and nn.LayerNorm do, the same on every device and rank for the same seed."""
+        """Fresh weights, the same on every rank and device, from a generator of their own: U(−1/√fan_in, 1/√fan_in) in the
+        linear layers, as torch.nn.Linear does it; 1 and 0 in the layer norms.
+        """
         generator = torch.Generator().manual_seed(seed)
-        for weight, bias in (
-            (self.weight_in, self.bias_in),
-            (self.weight_back, self.bias_back),
-            (self.weight_out, self.bias_out),
-        ):
-            bound = weight.shape[1] ** -0.5
-            for tensor in (weight, bias):
-                tensor.copy_(bound * (2.0 * torch.rand(tensor.shape, generator=generator) - 1.0))
-        for gain, shift in ((self.gain_hidden, self.shift_hidden), (self.gain_back, self.shift_back)):
-            gain.fill_(1.0)
-            shift.zero_()
+        fresh = torch.empty(self.weights.shape)
+        for name, part in self.named_parts(fresh).items():
+            layer, kind = name.split(".")
+            if layer in self.inputs:
+                part.uniform_(-1.0, 1.0, generator=generator).mul_(self.inputs[layer] ** -0.5)
+            else:
+                part.fill_(1.0 if kind == "weight" else 0.0)
+        self.weights.copy_(fresh)
 
-    def forward(self, anchors: Tensor) -> Tensor:
-        """λ1 of the image features and λ2 of the text features: [2, N, d] → [2, N]."""
-        hidden = torch.baddbmm(self.bias_in, anchors, self.weight_in).relu()
-        hidden = _layer_norm(hidden, self.gain_hidden, self.shift_hidden)
-        back = torch.baddbmm(self.bias_back, hidden, self.weight_back).relu()
-        back = _layer_norm(back, self.gain_back, self.shift_back)
-        return torch.baddbmm(self.bias_out, (back + anchors).relu(), self.weight_out)[:, :, 0]
+    def named_parts(self, stack: Tensor) -> dict[str, Tensor]:
+        """Views of a stack [2, P] laid out as the weights; the first dimension of each is (image, text)."""
+        parts = stack.split([math.prod(shape) for shape in self.shapes.values()], dim=1)
+        return {name: part.view(2, *shape) for (name, shape), part in zip(self.shapes.items(), parts)}
+
+    def forward(self, anchors: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Outputs [2, N] for anchors [2, N, d] (image features, text features), of the weights' dtype.
+
+        Args:
+            weights: [2, P] to be used in place of the own ones, such as a copy that requires grad.
+        """
+        part = self.named_parts(self.weights if weights is None else weights)
+        hidden = F.relu(_linear(anchors, part["linear_1.weight"], part["linear_1.bias"]))
+        hidden = _layer_norm(hidden, part["norm_1.weight"], part["norm_1.bias"])
+        hidden = F.relu(_linear(hidden, part["linear_2.weight"], part["linear_2.bias"]))
+        hidden = _layer_norm(hidden, part["norm_2.weight"], part["norm_2.bias"])
+        hidden = F.relu(hidden + anchors)
+        return _linear(hidden, part["linear_3.weight"][:, None], part["linear_3.bias"][:, None])[:, :, 0]
 
 
-def _layer_norm(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
-    """LayerNorm over the last dimension with a gain and a shift per modality, [2, 1, width]."""
-    return F.layer_norm(x, x.shape[-1:]) * gain + shift
+def _linear(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """[2, N, in] → [2, N, out] with a weight [2, out, in] and a bias [2, out] per modality."""
+    return torch.baddbmm(bias[:, None], inputs, weight.transpose(1, 2))
+
+
+def _layer_norm(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Normalise the last dimension of [2, N, width], with a gain and an offset [2, width] per modality."""
+    return torch.addcmul(bias[:, None], F.layer_norm(inputs, inputs.shape[-1:]), weight[:, None])

@@ -8,8 +8,7 @@ so that λ1(e1_i) stands for log mean_j exp(s_ij/τ), which like the prototypes'
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from neuclip.normalizers.inner_objectives import InnerObjective
 from neuclip.normalizers.mlp import ResidualMLPs
@@ -30,41 +29,28 @@ class MLPNormalizer(NormalizerNetwork):
         self, dim: int, hidden: int, eps: float, inner_objective: InnerObjective, make_optimizer: OptimizerMaker | None
     ) -> None:
         mlp = ResidualMLPs(dim, hidden)
-        shapes = {name: weight.shape for name, weight in mlp.named_buffers()}
-        sizes = [shape[1:].numel() for shape in shapes.values()]
-        super().__init__(eps, inner_objective, make_optimizer((2, sum(sizes))) if make_optimizer else None)
+        super().__init__(eps, inner_objective, make_optimizer(tuple(mlp.weights.shape)) if make_optimizer else None)
         if make_optimizer is None:
-            _make_parameters(mlp)
+            weights = mlp.weights
+            del mlp.weights
+            register_weights(mlp, "weights", weights, outer=True)
         self.mlp = mlp
-        self.hidden = hidden
-        self.dim = dim
         self.restarts = 0
-        self._shapes = shapes
-        self._sizes = sizes
 
     @torch.no_grad()
     def restart(self, batch: GlobalBatch) -> None:
         """Other random weights. Those of the k-th restart depend on k only: all ranks and resumed runs draw the same."""
-        fresh = ResidualMLPs(self.dim, self.hidden)
-        fresh.reinitialise(self.restarts)
-        weights = self._named_weights()
-        for name, weight in fresh.named_buffers():
-            weights[name].copy_(weight)
+        self.mlp.reinitialise(self.restarts)
         self.restarts += 1
         if self.optimizer is not None:
             self.optimizer.reset()
 
     @property
     def _dtype(self) -> torch.dtype:
-        return next(iter(self._named_weights().values())).dtype
+        return self.mlp.weights.dtype
 
     def _weights(self) -> Tensor:
-        return torch.cat([weight.detach().reshape(2, -1) for weight in self._named_weights().values()], dim=1)
-
-    def _store(self, weights: Tensor) -> None:
-        own = self._named_weights()
-        for name, part in self._parts(weights).items():
-            own[name].copy_(part)
+        return self.mlp.weights.detach()
 
     def _predict(self, anchors: LocalAnchors) -> Tensor:
         return self._log_normalizers(self.mlp(anchors.features), anchors)
@@ -72,7 +58,7 @@ class MLPNormalizer(NormalizerNetwork):
     def _differentiate(self, weights: Tensor, anchors: LocalAnchors, targets: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             leaf = weights.detach().requires_grad_()
-            outputs = functional_call(self.mlp, self._parts(leaf), (anchors.features,))
+            outputs = self.mlp(anchors.features, leaf)
         fixed = outputs.detach()
         log_normalizers = self._log_normalizers(fixed, anchors)
         # dα_i/dλ_i = the share of exp(λ_i − s_ii/τ) in exp(α_i); the rest is ε's.
@@ -82,27 +68,10 @@ class MLPNormalizer(NormalizerNetwork):
         return log_normalizers, gradient
 
     def _by_parameter(self, gradient: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self._parts(gradient)[name] for name, _ in self.mlp.named_parameters())
+        return (gradient,)
 
     def _log_normalizers(self, outputs: Tensor, anchors: LocalAnchors) -> Tensor:
         return self._add_eps(outputs - anchors.positive * anchors.logit_scale)
 
-    def _named_weights(self) -> dict[str, Tensor]:
-        tensors = {**dict(self.mlp.named_buffers()), **dict(self.mlp.named_parameters())}
-        return {name: tensors[name] for name in self._shapes}
-
-    def _parts(self, stack: Tensor) -> dict[str, Tensor]:
-        """The weights by name, as views of a stack [2, P]."""
-        parts = stack.split(self._sizes, dim=1)
-        return {name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts)}
-
     def get_extra_state(self) -> dict[str, int]:
         return {"restarts": self.restarts}
-
-
-def _make_parameters(module: nn.Module) -> None:
-    """Turn a module's buffers into parameters of the same names, for an outer optimizer."""
-    for owner in module.modules():
-        for name, buffer in list(owner.named_buffers(recurse=False)):
-            delattr(owner, name)
-            register_weights(owner, name, buffer, outer=True)

@@ -80,7 +80,6 @@ class NormalizerNetwork(nn.Module):
         for _ in range(updates):
             _, gradient = self._differentiate(weights, anchors, targets)
             self.optimizer.update_(weights, distributed.all_reduce_sum_(gradient))
-        self._store(weights)
 
     @torch.no_grad()
     def predict(self, batch: GlobalBatch, logit_scale: Tensor) -> Tensor:
@@ -120,11 +119,8 @@ class NormalizerNetwork(nn.Module):
         raise NotImplementedError
 
     def _weights(self) -> Tensor:
-        """The weights in use as one stack [2, ...] without gradient: a view of them, or a copy."""
+        """The weights in use as one stack [2, ...] without gradient, a view that `fit` changes in place."""
         raise NotImplementedError
-
-    def _store(self, weights: Tensor) -> None:
-        """Write back what `_weights` handed out, where that is a copy."""
 
     def _predict(self, anchors: LocalAnchors) -> Tensor:
         """α [2, B] at the present weights."""

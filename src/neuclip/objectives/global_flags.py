@@ -81,7 +81,7 @@ def check_range(
     Raises:
         ValueError: it is not; nan and inf are not either.
     """
-    value = getattr(args, flag)
+    value = getattr(args, flag.replace("-", "_"))
     wrong = not math.isfinite(value) or (least is not None and value < least) or (above is not None and value <= above)
     if wrong:
         bound = f"at least {least:g}" if least is not None else f"greater than {above:g}"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shlex
 from argparse import ArgumentParser, Namespace, _ArgumentGroup
 
+from neuclip.objectives.amorlip import AmorLIP
 from neuclip.objectives.base import ArgumentAdder, Objective, RunShape
 from neuclip.objectives.fastclip import FastCLIP
 from neuclip.objectives.neuclip import NeuCLIP
 from neuclip.objectives.openclip import OpenCLIP
 from neuclip.objectives.siglip import SigLIP
 
-OBJECTIVES: dict[str, type[Objective]] = {cls.name: cls for cls in (OpenCLIP, FastCLIP, SigLIP, NeuCLIP)}
+OBJECTIVES: dict[str, type[Objective]] = {cls.name: cls for cls in (OpenCLIP, FastCLIP, SigLIP, NeuCLIP, AmorLIP)}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
