@@ -1,4 +1,4 @@
-"""Parameters that an objective leaves to the outer optimizer: trained, scaled, saved and resumed like those of the towers."""
+"""Parameters that an objective leaves to the outer optimizer: trained, scaled, saved, resumed like those of the towers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from end_to_end.runs import flat_tensors
 from ranks import run_on_ranks
 from small_training import CPU, make_args, make_batches, make_training
-from training.checkpoint import read_checkpoint, save_checkpoint
+from training.atomic_files import write_atomically
+from training.checkpoint import read_checkpoint
 from training.distributed import World
 from training.errors import UserError
 from training.loop import Training, train_one_epoch
@@ -56,7 +57,7 @@ def test_a_resumed_run_continues_to_the_last_bit(network: str, saved_after: int,
         train_one_epoch(whole, epoch)
         whole.state.epoch = epoch + 1
         if epoch + 1 == saved_after:
-            save_checkpoint(whole.state.to_checkpoint("run", "small"), tmp_path / "saved.pt")
+            write_atomically(tmp_path / "saved.pt", whole.state.to_checkpoint("run", "small"))
     resumed = _training(network)
     resumed.state.load(read_checkpoint(tmp_path / "saved.pt"), tmp_path / "saved.pt", "small")
     for epoch in range(saved_after, 3):
@@ -84,6 +85,19 @@ def test_a_gradient_scaler_changes_nothing(network: str) -> None:
         torch.testing.assert_close(runs[1][name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("network", NETWORKS)
+def test_micro_batches_change_nothing(network: str) -> None:
+    """The objective sees the whole batch once, so that its own gradient is added once, too."""
+    runs = []
+    for accum_freq in ("1", "2"):
+        descent = ("--optimizer", "sgd", "--momentum", "0", "--lr", "0.1")
+        training = _training(network, *descent, "--accum-freq", accum_freq)
+        train_one_epoch(training, 0)
+        runs.append(_own(training))
+    for name, value in runs[0].items():
+        torch.testing.assert_close(runs[1][name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def train_every_network() -> list[dict[str, Tensor]]:
     """Two epochs of plain gradient descent; on as many ranks as there are."""
     world = World(dist.get_rank(), dist.get_world_size(), CPU) if dist.is_initialized() else World(0, 1, CPU)
@@ -106,7 +120,7 @@ def test_updates_do_not_depend_on_the_number_of_ranks() -> None:
 
 def test_a_checkpoint_of_alternating_optimization_is_refused(tmp_path: Path) -> None:
     alternating = make_training(make_args("--objective", "neuclip", *PROTOTYPES), make_batches(2, 8))
-    save_checkpoint(alternating.state.to_checkpoint("run", "small"), tmp_path / "saved.pt")
+    write_atomically(tmp_path / "saved.pt", alternating.state.to_checkpoint("run", "small"))
     simultaneous = _training("prototypes")
     with pytest.raises(UserError, match="does not fit the present flags"):
         simultaneous.state.load(read_checkpoint(tmp_path / "saved.pt"), tmp_path / "saved.pt", "small")
