@@ -1,4 +1,4 @@
-"""Parameters that an objective leaves to the outer optimizer: trained, scaled, saved and resumed like those of the towers."""
+"""Parameters that an objective leaves to the outer optimizer: trained, scaled, saved, resumed like those of the towers."""
 
 from __future__ import annotations
 
@@ -81,6 +81,19 @@ def test_a_gradient_scaler_changes_nothing(network: str) -> None:
         training.state.scaler = torch.amp.GradScaler("cpu", enabled=enabled, init_scale=1024.0)
         train_one_epoch(training, 0)
         runs.append({**_own(training), **training.state.towers.state_dict()})
+    for name, value in runs[0].items():
+        torch.testing.assert_close(runs[1][name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_micro_batches_change_nothing(network: str) -> None:
+    """The objective sees the whole batch once, so that its own gradient is added once, too."""
+    runs = []
+    for accum_freq in ("1", "2"):
+        descent = ("--optimizer", "sgd", "--momentum", "0", "--lr", "0.1")
+        training = _training(network, *descent, "--accum-freq", accum_freq)
+        train_one_epoch(training, 0)
+        runs.append(_own(training))
     for name, value in runs[0].items():
         torch.testing.assert_close(runs[1][name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
