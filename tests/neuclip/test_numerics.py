@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from .conftest import FeatureMaker
 
 DIM = 16
 COLDEST = 100.0  # logit_scale at τ = 0.01, where the field clamps it
+CHUNKS = ("", "--loss-chunk-size 3")
 
 
 def direction(dtype: torch.dtype) -> Tensor:
@@ -63,13 +66,16 @@ def is_broken(name: str, value: Tensor) -> bool:
     return not (torch.isfinite(value) | never_seen).all()
 
 
+@pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
-def test_every_objective_is_finite_at_the_lowest_temperature(name: str, dtype: torch.dtype, case: str) -> None:
+def test_every_objective_is_finite_at_the_lowest_temperature(
+    name: str, dtype: torch.dtype, case: str, chunk: str
+) -> None:
     images, texts = adversarial(case, dtype)
     shape = RunShape(DIM, images.shape[0], 1, 10, 2)
-    objective = make_objective(f"--objective {name} --data_size 8", shape)
+    objective = make_objective(f"--objective {name} --data_size 8 {chunk}", shape)
     for _ in range(3):
         assert_finite_step(objective, images, texts)
 
@@ -114,11 +120,14 @@ def test_predictions_far_above_and_far_below_are_finite_in_value(features: Featu
     assert float(alpha_gap) == pytest.approx(200.0, rel=1e-3)
 
 
+@pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
-def test_autocast_changes_nothing(name: str, features: FeatureMaker) -> None:
+def test_autocast_changes_nothing(name: str, chunk: str, features: FeatureMaker) -> None:
     results = []
     for enabled in (False, True):
-        objective = make_objective(f"--objective {name} --npn_num_protos 8 --data_size 8", RunShape(6, 8, 1, 10, 2))
+        objective = make_objective(
+            f"--objective {name} {chunk} --npn_num_protos 8 --data_size 8", RunShape(6, 8, 1, 10, 2)
+        )
         images, texts = features(1, 8, dtype=torch.float32)
         scale = torch.tensor(20.0, requires_grad=True)
         bias = None if objective.initial_logit_bias is None else torch.tensor(-3.0)
@@ -133,11 +142,14 @@ def test_autocast_changes_nothing(name: str, features: FeatureMaker) -> None:
         assert torch.equal(plain, autocast)
 
 
+@pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
-def test_bfloat16_features_give_the_loss_of_their_float32_copies(name: str, features: FeatureMaker) -> None:
+def test_bfloat16_features_give_the_loss_of_their_float32_copies(name: str, chunk: str, features: FeatureMaker) -> None:
     losses = []
     for convert in (lambda x: x, lambda x: x.float()):
-        objective = make_objective(f"--objective {name} --npn_num_protos 8 --data_size 8", RunShape(6, 8, 1, 10, 2))
+        objective = make_objective(
+            f"--objective {name} {chunk} --npn_num_protos 8 --data_size 8", RunShape(6, 8, 1, 10, 2)
+        )
         images, texts = (convert(x.detach()) for x in features(1, 8, dtype=torch.bfloat16))
         bias = None if objective.initial_logit_bias is None else torch.tensor(-3.0)
         losses.append(objective(images, texts, torch.tensor(20.0), bias, torch.arange(8)).loss)
@@ -145,12 +157,14 @@ def test_bfloat16_features_give_the_loss_of_their_float32_copies(name: str, feat
     assert torch.equal(losses[0], losses[1])
 
 
+@pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
-def test_float32_is_close_to_float64_at_the_lowest_temperature(name: str, features: FeatureMaker) -> None:
+def test_float32_is_close_to_float64_at_the_lowest_temperature(name: str, chunk: str, features: FeatureMaker) -> None:
     results = []
     for dtype in (torch.float32, torch.float64):
         objective = make_objective(
-            f"--objective {name} --npn_num_protos 8 --npn_repetition 3 --data_size 16", RunShape(6, 16, 1, 10, 2)
+            f"--objective {name} {chunk} --npn_num_protos 8 --npn_repetition 3 --data_size 16",
+            RunShape(6, 16, 1, 10, 2),
         ).to(dtype)
         for seed in range(2):
             images, texts = (x.detach().requires_grad_() for x in features(seed, 16, dtype=torch.float32))
@@ -179,13 +193,41 @@ def test_a_feature_row_of_zeros_does_not_poison_the_prototypes(
         assert_finite_step(objective, pair[0].requires_grad_(), pair[1].requires_grad_())
 
 
+@pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
-def test_float64_features_are_welcome_in_a_float32_objective(name: str, features: FeatureMaker) -> None:
+def test_float64_features_are_welcome_in_a_float32_objective(name: str, chunk: str, features: FeatureMaker) -> None:
     """forward's contract is float32 or better; nobody has to know that an objective holds buffers."""
-    objective = make_objective(f"--objective {name} --npn_num_protos 8 --data_size 8", RunShape(6, 8, 1, 10, 2))
+    objective = make_objective(f"--objective {name} {chunk} --npn_num_protos 8 --data_size 8", RunShape(6, 8, 1, 10, 2))
     for step in range(2):
         images, texts = features(step, 8)
         bias = None if objective.initial_logit_bias is None else torch.tensor(-3.0).double()
         loss = objective(images, texts, torch.tensor(20.0).double(), bias, torch.arange(8)).loss
         assert torch.isfinite(loss)
         assert loss.dtype == torch.float64
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0, 1e4])
+@pytest.mark.parametrize("bias", [-1e4, -10.0, 0.0, 1e4])
+def test_sigmoids_in_chunks_are_as_exact_in_float32(scale: float, bias: float, features: FeatureMaker) -> None:
+    """Where sigmoid(x) is 0 or 1 in float32, losses are linear in x and gradients vanish, neither by overflow."""
+    results = []
+    for chunk, dtype in (("", torch.float64), ("--loss-chunk-size 3", torch.float32)):
+        objective = make_objective(f"--objective siglip {chunk}", RunShape(6, 8, 1, 10, 2))
+        inputs = [x.detach().to(dtype).requires_grad_() for x in features(2, 8, dtype=torch.float32)]
+        inputs += [torch.tensor(value, dtype=dtype, requires_grad=True) for value in (scale, bias)]
+        loss = objective(*inputs).loss
+        results.append([value.double() for value in (loss, *torch.autograd.grad(loss, inputs))])
+    for exact, chunked in zip(*results):
+        torch.testing.assert_close(chunked, exact, rtol=1e-4, atol=1e-5 * float(exact.detach().abs().max()))
+
+
+def test_a_vanishing_derivative_of_a_matching_pair_is_not_rounded_to_zero() -> None:
+    """exp(−30) of a matching pair with x = 30: sigmoid(30) − 1 is 0 in float32."""
+    same = F.normalize(torch.eye(4, DIM), dim=1)
+    bias = torch.tensor(0.0, requires_grad=True)
+    objective = make_objective("--objective siglip --loss-chunk-size 1", RunShape(DIM, 4, 1, 10, 2))
+    images = same.clone().requires_grad_()
+    objective(images, same, torch.tensor(30.0), bias).loss.backward()
+    assert images.grad is not None
+    expected = -30.0 * math.exp(-30.0) / 4
+    assert float(images.grad[0, 0]) == pytest.approx(expected, rel=1e-5)
