@@ -112,9 +112,9 @@ def batch_log_means(batch: GlobalBatch, logit_scale: Tensor) -> Tensor:
     result = batch.features.new_empty((2, batch.local_size))
     for modality in (0, 1):
         for rows in batch.row_chunks():
-            similarity = _similarities(batch, modality, rows)
-            scale = _scales(logit_scale, modality, batch.positions(rows))
-            logits = (similarity - batch.positive[batch.positions(rows), None]) * scale
+            own = batch.positions(rows)
+            logits = _similarities(batch, modality, rows).sub_(batch.positive[own, None])
+            logits.mul_(_scales(logit_scale, modality, own))
             _mask_positive(logits, batch, rows)
             result[modality, rows] = torch.logsumexp(logits, dim=1)
     return result - math.log(batch.size - 1)
@@ -148,18 +148,26 @@ def weighted_pairs(batch: GlobalBatch, log_normalizers: Tensor, logit_scale: Ten
     weighted_logits = torch.empty_like(weights)
     for modality in (0, 1):
         for rows in batch.row_chunks():
-            own = batch.positions(rows)
-            similarity = _similarities(batch, modality, rows)
-            logits = (similarity - batch.positive[own, None]) * _scales(logit_scale, modality, own)
-            as_anchor = _weights(logits - log_normalizers[modality, own, None], batch, rows)
-            # The same similarities seen from the other side: these samples as negatives of all N anchors.
-            other_scale = logit_scale if logit_scale.dim() == 0 else logit_scale[1 - modality]
-            as_negative = (similarity - batch.positive) * other_scale - log_normalizers[1 - modality]
-            as_negative = _weights(as_negative, batch, rows)
-            weights[modality, rows] = as_anchor.sum(dim=1)
-            weighted_logits[modality, rows] = logits.mul_(as_anchor).sum(dim=1)
-            features[modality, rows] = as_negative.add_(as_anchor) @ batch.features[1 - modality]
+            sums = _sums_over_pairs(batch, modality, rows, log_normalizers, logit_scale)
+            features[modality, rows], weights[modality, rows], weighted_logits[modality, rows] = sums
     return WeightedPairs(features, weights, weighted_logits)
+
+
+def _sums_over_pairs(
+    batch: GlobalBatch, modality: int, rows: slice, log_normalizers: Tensor, logit_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One chunk of rows of the three fields of WeightedPairs, with memory for three blocks [rows, N]."""
+    own = batch.positions(rows)
+    similarity = _similarities(batch, modality, rows)
+    logits = (similarity - batch.positive[own, None]).mul_(_scales(logit_scale, modality, own))
+    as_anchor = _weights(logits - log_normalizers[modality, own, None], batch, rows)
+    weights = as_anchor.sum(dim=1)
+    weighted_logits = logits.mul_(as_anchor).sum(dim=1)
+    # The same similarities seen from the other side: these samples as negatives of all N anchors.
+    other_scale = logit_scale if logit_scale.dim() == 0 else logit_scale[1 - modality]
+    as_negative = similarity.sub_(batch.positive).mul_(other_scale).sub_(log_normalizers[1 - modality])
+    both = _weights(as_negative, batch, rows).add_(as_anchor)
+    return both @ batch.features[1 - modality], weights, weighted_logits
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,12 @@ FAST = "--fastclip --gamma 0.4 --rho 2"
 NPN = "--objective neuclip --npn_repetition 3"
 TOGETHER = "--objective neuclip --npn_optimization simultaneous"
 AMORLIP = "--objective amorlip --update_ema_mlps_every_n_steps 1 --model_ema_beta 0.5"
-VARIANTS = {name: f"--objective {name}" for name in OBJECTIVES} | {
+VARIANTS = {name: f"--objective {name}" for name in OBJECTIVES}
+VARIANTS |= {f"{name}, chunked": f"{flags} --loss-chunk-size 3" for name, flags in VARIANTS.items()} | {
     "openclip, gather with grad": "--objective openclip --gather-with-grad",
     "openclip, local loss": "--objective openclip --local-loss --gather-with-grad",
+    # Without chunks this one is not the gradient of its loss.
+    "openclip, local loss, chunked": "--objective openclip --local-loss --loss-chunk-size 3",
     "siglip, shift": "--objective siglip --loss-dist-impl shift",
     "siglip, reduce": "--objective siglip --loss-dist-impl reduce",
     "siglip, gather": "--objective siglip --loss-dist-impl gather",

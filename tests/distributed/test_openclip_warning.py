@@ -17,6 +17,7 @@ DROPS_GRADIENT = "--objective openclip --local-loss"
     [
         (DROPS_GRADIENT, 2, True),
         (DROPS_GRADIENT, 1, False),
+        (f"{DROPS_GRADIENT} --loss-chunk-size 3", 2, False),
         ("--objective openclip --local-loss --gather-with-grad", 2, False),
         ("--objective openclip --gather-with-grad", 2, False),
         ("--objective openclip", 2, False),

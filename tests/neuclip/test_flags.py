@@ -23,6 +23,7 @@ from neuclip.normalizers import (
 )
 from neuclip.objectives import TemperatureLearning, add_arguments, build_objective, resolve
 from neuclip.objectives.neuclip import NeuCLIP
+from neuclip.objectives.siglip import VARIANTS
 
 from .conftest import FeatureMaker
 
@@ -174,6 +175,31 @@ def test_a_constant_temperature_is_honoured_or_refused(name: str) -> None:
 def test_unknown_choices_and_flags_end_the_program(line: str) -> None:
     with pytest.raises(SystemExit):
         make_objective(line, SHAPE)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_chunks_and_a_way_of_texts_between_ranks_exclude_each_other(variant: str) -> None:
+    """Chunks are of gathered features; even the default, once asked for, would not be what happens."""
+    line = f"--objective siglip --loss-dist-impl {variant}"
+    with pytest.raises(ValueError, match=f"--loss-dist-impl {variant} .*--loss-chunk-size 64.*drop one"):
+        resolved(f"{line} --loss-chunk-size 64")
+    assert resolved(line).loss_dist_impl == variant
+    assert resolved(f"--objective openclip --loss-dist-impl {variant} --loss-chunk-size 64").objective == "openclip"
+
+
+def test_the_way_of_texts_between_ranks_is_settled_unless_there_are_chunks() -> None:
+    assert resolved("--objective siglip").loss_dist_impl == "bidir"
+    args = resolved("--objective siglip --loss-chunk-size 64")
+    before = dict(vars(args))
+    resolve(args)
+    assert vars(args) == before
+    assert build_objective(args, SHAPE).chunk_rows == 64
+
+
+@pytest.mark.parametrize("value", ["0", "-1"])
+def test_a_chunk_of_no_rows_is_refused(value: str) -> None:
+    with pytest.raises(ValueError, match=f"--loss-chunk-size {value} is too small"):
+        resolved(f"--loss-chunk-size {value}")
 
 
 def test_neuclip_fills_in_its_defaults() -> None:

@@ -12,7 +12,8 @@ from neuclip import OBJECTIVES, RunShape, make_objective
 
 from .conftest import FeatureMaker
 
-RUNS = {name: f"--objective {name}" for name in OBJECTIVES} | {
+RUNS = {name: f"--objective {name}" for name in OBJECTIVES}
+RUNS |= {f"{name}, chunked": f"{flags} --loss-chunk-size 3" for name, flags in RUNS.items()} | {
     "fastclip v2": "--fastclip --temperature_scheme individual_learnable --gamma_schedule constant",
     "fastclip v3": "--fastclip --multiply_tau --gamma_schedule constant",
     "neuclip, m<N": "--objective neuclip --npn_num_protos 5 --npn_restart_iter 2",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from neuclip import OBJECTIVES, Objective, RunShape, make_objective
 from neuclip.normalizers import MLPNormalizer, PrototypeNormalizer, Unified
+from neuclip.objectives.siglip import VARIANTS
 from neuclip.pairwise import gather_batch, pairwise_gradient
 
 from .conftest import FeatureMaker
@@ -53,22 +54,34 @@ def sigmoids(images: Tensor, texts: Tensor, logit_scale: Tensor, logit_bias: Ten
     return -torch.stack(terms).sum() / images.shape[0]
 
 
-def test_openclip_is_the_mean_of_two_cross_entropies(features: FeatureMaker) -> None:
+@pytest.mark.parametrize("chunk", ["", "--loss-chunk-size 3"])
+def test_openclip_is_the_mean_of_two_cross_entropies(chunk: str, features: FeatureMaker) -> None:
     images, texts = features(0, N)
     scale = scalar(14.0)
     inputs = (images, texts, scale)
-    loss = make("--objective openclip")(*inputs).loss
+    loss = make(f"--objective openclip {chunk}")(*inputs).loss
     expected = cross_entropies(*inputs)
     torch.testing.assert_close(loss, expected, **EXACT)
     for value, target in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs)):
         torch.testing.assert_close(value, target, **EXACT)
 
 
-@pytest.mark.parametrize("variant", ["bidir", "shift", "reduce", "gather"])
-def test_siglip_is_the_sum_of_sigmoids(variant: str, features: FeatureMaker) -> None:
+@pytest.mark.parametrize("chunk", ["", "--loss-chunk-size 3"])
+def test_a_bias_of_openclip_changes_nothing_and_has_a_gradient(chunk: str, features: FeatureMaker) -> None:
+    """DistributedDataParallel waits for the gradient of every parameter of a model, of a logit_bias too."""
+    images, texts = features(0, N)
+    scale, bias = scalar(14.0), scalar(-2.0)
+    loss = make(f"--objective openclip {chunk}")(images, texts, scale, bias).loss
+    torch.testing.assert_close(loss, cross_entropies(images, texts, scale), **EXACT)
+    (gradient,) = torch.autograd.grad(loss, bias)
+    assert abs(float(gradient)) < 1e-13
+
+
+@pytest.mark.parametrize("flags", [*(f"--loss-dist-impl {name}" for name in VARIANTS), "--loss-chunk-size 3"])
+def test_siglip_is_the_sum_of_sigmoids(flags: str, features: FeatureMaker) -> None:
     images, texts = features(0, N)
     inputs = (images, texts, scalar(10.0), scalar(-3.0))
-    loss = make(f"--objective siglip --loss-dist-impl {variant}")(*inputs).loss
+    loss = make(f"--objective siglip {flags}")(*inputs).loss
     expected = sigmoids(*inputs)
     torch.testing.assert_close(loss, expected, **EXACT)
     for value, target in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs)):

@@ -16,6 +16,7 @@ from .conftest import FeatureMaker
 
 DIM = 16
 COLDEST = 100.0  # logit_scale at τ = 0.01, where the field clamps it
+CHUNKS = ("", "--loss-chunk-size 3")
 
 
 def direction(dtype: torch.dtype) -> Tensor:
@@ -65,13 +66,16 @@ def is_broken(name: str, value: Tensor) -> bool:
     return not (torch.isfinite(value) | never_seen).all()
 
 
+@pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
-def test_every_objective_is_finite_at_the_lowest_temperature(name: str, dtype: torch.dtype, case: str) -> None:
+def test_every_objective_is_finite_at_the_lowest_temperature(
+    name: str, dtype: torch.dtype, case: str, chunk: str
+) -> None:
     images, texts = adversarial(case, dtype)
     shape = RunShape(DIM, images.shape[0], 1, 10, 2)
-    objective = make_objective(f"--objective {name} --data_size 8", shape)
+    objective = make_objective(f"--objective {name} --data_size 8 {chunk}", shape)
     for _ in range(3):
         assert_finite_step(objective, images, texts)
 
@@ -208,11 +212,12 @@ LINES = {name: f"--objective {name} --npn_num_protos 8" for name in sorted(OBJEC
 }
 
 
+@pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("name", LINES)
-def test_autocast_changes_nothing(name: str, features: FeatureMaker) -> None:
+def test_autocast_changes_nothing(name: str, chunk: str, features: FeatureMaker) -> None:
     results = []
     for enabled in (False, True):
-        objective = make_objective(f"{LINES[name]} --data_size 8", RunShape(6, 8, 1, 10, 2))
+        objective = make_objective(f"{LINES[name]} --data_size 8 {chunk}", RunShape(6, 8, 1, 10, 2))
         images, texts = features(1, 8, dtype=torch.float32)
         scale = torch.tensor(20.0, requires_grad=True)
         bias = None if objective.initial_logit_bias is None else torch.tensor(-3.0)
@@ -227,11 +232,14 @@ def test_autocast_changes_nothing(name: str, features: FeatureMaker) -> None:
         assert torch.equal(plain, autocast)
 
 
+@pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
-def test_bfloat16_features_give_the_loss_of_their_float32_copies(name: str, features: FeatureMaker) -> None:
+def test_bfloat16_features_give_the_loss_of_their_float32_copies(name: str, chunk: str, features: FeatureMaker) -> None:
     losses = []
     for convert in (lambda x: x, lambda x: x.float()):
-        objective = make_objective(f"--objective {name} --npn_num_protos 8 --data_size 8", RunShape(6, 8, 1, 10, 2))
+        objective = make_objective(
+            f"--objective {name} {chunk} --npn_num_protos 8 --data_size 8", RunShape(6, 8, 1, 10, 2)
+        )
         images, texts = (convert(x.detach()) for x in features(1, 8, dtype=torch.bfloat16))
         bias = None if objective.initial_logit_bias is None else torch.tensor(-3.0)
         losses.append(objective(images, texts, torch.tensor(20.0), bias, torch.arange(8)).loss)
@@ -239,12 +247,14 @@ def test_bfloat16_features_give_the_loss_of_their_float32_copies(name: str, feat
     assert torch.equal(losses[0], losses[1])
 
 
+@pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
-def test_float32_is_close_to_float64_at_the_lowest_temperature(name: str, features: FeatureMaker) -> None:
+def test_float32_is_close_to_float64_at_the_lowest_temperature(name: str, chunk: str, features: FeatureMaker) -> None:
     results = []
     for dtype in (torch.float32, torch.float64):
         objective = make_objective(
-            f"--objective {name} --npn_num_protos 8 --npn_repetition 3 --data_size 16", RunShape(6, 16, 1, 10, 2)
+            f"--objective {name} {chunk} --npn_num_protos 8 --npn_repetition 3 --data_size 16",
+            RunShape(6, 16, 1, 10, 2),
         ).to(dtype)
         for seed in range(2):
             images, texts = (x.detach().requires_grad_() for x in features(seed, 16, dtype=torch.float32))
