@@ -131,14 +131,17 @@ def run(flags: str, checkpoint: bytes | None = None) -> Record:
 
 
 def run_all(variants: dict[str, str], checkpoints: dict[str, bytes]) -> dict[str, Any]:
-    """Every variant from the beginning, those with a checkpoint also from there, and the messages of steps with networks."""
+    """Every variant from the beginning, those with a checkpoint also from there, and the messages of steps with a state."""
     return {
         "runs": {name: run(flags) for name, flags in variants.items()},
         "continued": {name: run(variants[name], checkpoint) for name, checkpoint in checkpoints.items()},
-        "messages": {name: messages(variants[name]) for name in variants if name.startswith(("neuclip", "amorlip"))},
+        "messages": {name: messages(variants[name]) for name in variants if name.startswith(STATEFUL)},
+        "rows_held": build("--fastclip")[0].table.num_local_rows,
     }
 
 
+# Beginnings of the names of variants whose objectives remember or learn something.
+STATEFUL = ("neuclip", "amorlip", "fastclip", "sogclr", "isogclr")
 COLLECTIVES = (
     *("all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all", "all_to_all_single"),
     *(

@@ -19,7 +19,7 @@ from neuclip.objectives.amorlip import AmorLIP
 from neuclip.objectives.neuclip import NeuCLIP
 from ranks import run_on_ranks
 
-from .programs import EMBED_DIM, GLOBAL_BATCH, STEPS, Record, run, run_all
+from .programs import DATA_SIZE, EMBED_DIM, GLOBAL_BATCH, STEPS, Record, run, run_all
 
 FAST = "--fastclip --gamma 0.4 --rho 2"
 NPN = "--objective neuclip --npn_repetition 3"
@@ -212,6 +212,30 @@ def test_messages_of_an_amorlip_step(variant: str, world_size: int, on_ranks: di
             assert found == [features, *[gradient] * updates, normalizers]
 
 
-@pytest.mark.parametrize("variant", NEUCLIP_VARIANTS + AMORLIP_VARIANTS)
+FASTCLIP_VARIANTS = [name for name in VARIANTS if name.startswith(("fastclip", "sogclr", "isogclr"))]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("variant", FASTCLIP_VARIANTS)
+def test_messages_of_a_fastclip_step(variant: str, world_size: int, on_ranks: dict[int, list[dict[str, Any]]]) -> None:
+    """Features once, packed; keys; the batch's rows of the tables; its estimates; for v2 the temperatures' gradient."""
+    local = GLOBAL_BATCH // world_size
+    individual = "individual_learnable" in VARIANTS[variant]
+    sizes = [2 * local * EMBED_DIM, local, 2 * local]
+    gathered = [("all_gather_into_tensor", size) for size in sizes]
+    rows = ("all_reduce", GLOBAL_BATCH * (8 if individual else 2))
+    last = [("all_gather_into_tensor", 2 * local)] if individual else []
+    for result in on_ranks[world_size]:
+        assert result["messages"][variant] == [[*gathered[:2], rows, gathered[2], *last]] * 4
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_row_lives_on_one_rank_only(world_size: int, on_ranks: dict[int, list[dict[str, Any]]]) -> None:
+    counts = [result["rows_held"] for result in on_ranks[world_size]]
+    assert sum(counts) == DATA_SIZE
+    assert max(counts) == -(-DATA_SIZE // world_size)
+
+
+@pytest.mark.parametrize("variant", NEUCLIP_VARIANTS + AMORLIP_VARIANTS + FASTCLIP_VARIANTS)
 def test_one_rank_sends_nothing(variant: str, on_ranks: dict[int, list[dict[str, Any]]]) -> None:
     assert on_ranks[1][0]["messages"][variant] == [[], [], [], []]
