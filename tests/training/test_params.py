@@ -62,6 +62,48 @@ def test_published_command() -> None:
     assert {name: getattr(args, name) for name in expected} == expected
 
 
+# What the sample commands of FastCLIP's publication (CC3M on 8 GPUs) have in common, and what makes a version of it.
+FASTCLIP = (
+    "--save-frequency 1 --train-data './cc3m/{00000..00331}.tar' --train-num-samples 2723840 --data_size 3318333 --warmup 10000 "
+    "--batch-size 128 --epochs 37 --workers 6 --model RN50 --name medium --seed 2024 --profile --wd 0.1 --local-loss --lr 1e-3"
+)
+FASTCLIP_VERSIONS = {
+    "openclip": ("--gather-with-grad", {"objective": "openclip", "lr_tau": 1e-3, "gather_with_grad": True}),
+    "v0": (
+        "--fastclip --temperature_scheme global_learnable --gamma 0.2 --gamma_schedule cosine --gamma_decay_epochs 18",
+        {"temperature_scheme": "global_learnable", "multiply_tau": False, "gamma": 0.2, "gamma_decay_epochs": 18.0},
+    ),
+    "v1": (
+        "--fastclip --temperature_scheme global_constant --gamma 0.2 --gamma_schedule cosine --gamma_decay_epochs 18",
+        {"temperature_scheme": "global_constant", "multiply_tau": False, "fastclip_eps": 1e-14, "temperature": None},
+    ),
+    "v2": (
+        "--fastclip --temperature_scheme individual_learnable --lr_tau 0.0133 --lr_tau_scheduler const --temperature 0.03 "
+        "--rho 7.0 --gamma 0.2 --gamma_schedule cosine --gamma_decay_epochs 18",
+        {"temperature_scheme": "individual_learnable", "lr_tau": 0.0133, "temperature": 0.03, "rho": 7.0},
+    ),
+    "v3": (
+        "--fastclip --multiply_tau --temperature_scheme global_learnable --lr_tau 2e-4 --lr_tau_scheduler step_thresh "
+        "--rho 6.5 --gamma 0.2 --gamma_schedule cosine --gamma_decay_epochs 18",
+        {
+            "multiply_tau": True,
+            "lr_tau": 2e-4,
+            "lr_tau_scheduler": "step_thresh",
+            "rho": 6.5,
+            "gamma_schedule": "cosine",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("version", FASTCLIP_VERSIONS)
+def test_published_fastclip_commands(version: str) -> None:
+    command, expected = FASTCLIP_VERSIONS[version]
+    args = parse_args(shlex.split(f"{FASTCLIP} {command}"))
+    expected = {"objective": "fastclip", "data_size": 3318333, "batch_size": 128, "wd": 0.1, **expected}
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
 def test_published_amorlip_command() -> None:
     command = (
         '--amorlip --lambda-lr 0.001 --lambda-update-frequency "[3]" --learn-logit-scale --lambda_tolerance=5e-3 '

@@ -156,6 +156,8 @@ class ShardedTable(nn.Module):
         num_bytes = self.shard.numel() * target.element_size()
         if target.device.type != "cuda" or self.placement.on_gpu(num_bytes):
             return super()._apply(fn, recurse)
+        if (target.device, target.dtype) == (self.shard.device, self.shard.dtype):
+            return self
         on_host = self.shard.to("cpu", target.dtype)
         self.shard = _mapped_to_gpu(on_host, target.device)
         self._on_host = on_host  # what `shard` is a view of
