@@ -64,8 +64,8 @@ def test_published_command() -> None:
 
 # What the sample commands of FastCLIP's publication (CC3M on 8 GPUs) have in common, and what makes a version of it.
 FASTCLIP = (
-    "--save-frequency 1 --train-data './cc3m/{00000..00331}.tar' --train-num-samples 2723840 --data_size 3318333 --warmup 10000 "
-    "--batch-size 128 --epochs 37 --workers 6 --model RN50 --name medium --seed 2024 --profile --wd 0.1 --local-loss --lr 1e-3"
+    "--save-frequency 1 --train-data './cc3m/{00000..00331}.tar' --train-num-samples 2723840 --data_size 3318333 "
+    "--warmup 10000 --batch-size 128 --epochs 37 --workers 6 --model RN50 --name medium --seed 2024 --profile --wd 0.1 --local-loss --lr 1e-3"
 )
 FASTCLIP_VERSIONS = {
     "openclip": ("--gather-with-grad", {"objective": "openclip", "lr_tau": 1e-3, "gather_with_grad": True}),
