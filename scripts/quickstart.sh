@@ -13,11 +13,14 @@ EPOCHS=10
 
 objective=neuclip
 flags=()
+# for the prototypes of neuclip; another network has other flags
+network=(--npn_num_protos 1024 --npn_restart_iter 100)
 while [ $# -gt 0 ]; do
     case "$1" in
         --objective) [ $# -gt 1 ] || die "--objective needs a value: openclip, siglip, fastclip, amorlip or neuclip"; objective="$2"; shift 2 ;;
         --objective=*) objective="${1#*=}"; shift ;;
         --name | --name=* | --logs | --logs=*) die "$1: the quickstart names its runs itself; set NEUCLIP_LOGS, or call src/training/main.py" ;;
+        --npn_arch | --npn_arch=* | --npn-arch | --npn-arch=*) network=(); flags+=("$1"); shift ;;
         -h | --help) sed -n '2,6s/^# \{0,1\}//p' scripts/quickstart.sh; exit 0 ;;
         *) flags+=("$1"); shift ;;
     esac
@@ -46,9 +49,9 @@ began=$SECONDS
     --model quickstart --model-config src/training/model_configs/quickstart.json \
     --train-data "$DATA/train" --val-data "$DATA/test" --zeroshot-data "$DATA/zeroshot" \
     --epochs $EPOCHS --batch-size 256 --lr 1e-3 --wd 0.1 --warmup 100 --beta2 0.98 --eps 1e-6 \
-    --lr_tau 2e-4 --rho 8 --npn_num_protos 1024 --npn_restart_iter 100 --data_size 30000 \
+    --lr_tau 2e-4 --rho 8 --data_size 30000 \
     --precision $precision --workers $workers --log-every-n-steps 20 --zeroshot-frequency 1 --save-most-recent \
-    ${flags[@]+"${flags[@]}"}
+    ${network[@]+"${network[@]}"} ${flags[@]+"${flags[@]}"}
 say "trained in $((SECONDS - began)) s"
 
 compared=()
