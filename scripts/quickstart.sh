@@ -20,11 +20,11 @@ while [ $# -gt 0 ]; do
         --objective) [ $# -gt 1 ] || die "--objective needs a value: openclip, siglip, fastclip, amorlip or neuclip"; objective="$2"; shift 2 ;;
         --objective=*) objective="${1#*=}"; shift ;;
         --name | --name=* | --logs | --logs=*) die "$1: the quickstart names its runs itself; set NEUCLIP_LOGS, or call src/training/main.py" ;;
-        --npn_arch | --npn_arch=* | --npn-arch | --npn-arch=*) network=(); flags+=("$1"); shift ;;
         -h | --help) sed -n '2,6s/^# \{0,1\}//p' scripts/quickstart.sh; exit 0 ;;
         *) flags+=("$1"); shift ;;
     esac
 done
+case " ${flags[*]-} " in *" --npn_arch mlp "* | *" --npn_arch=mlp "*) network=() ;; esac
 name="quickstart-$objective"
 
 prepare_python

@@ -129,7 +129,18 @@ def test_imports_go_one_way(package: str, forbidden: set[str]) -> None:
 def test_methods_need_little() -> None:
     """Anybody's training loop can use them."""
     allowed = {"neuclip", "torch", "open_clip"}
-    standard = {"__future__", "argparse", "collections", "dataclasses", "enum", "logging", "math", "shlex", "typing"}
+    standard = {
+        "__future__",
+        "argparse",
+        "collections",
+        "dataclasses",
+        "enum",
+        "logging",
+        "math",
+        "shlex",
+        "typing",
+        "weakref",
+    }
     found = set().union(*(_imported_packages(path) for path in _files("src/neuclip")))
     assert found - standard <= allowed
 

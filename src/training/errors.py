@@ -4,7 +4,11 @@ import pickle
 
 from evaluation.errors import UserError
 
-__all__ = ["UserError", "reason_of"]
+__all__ = ["OneRankError", "UserError", "reason_of"]
+
+
+class OneRankError(UserError):
+    """A mistake that only this rank knows of, found where ranks no longer check things together."""
 
 
 def reason_of(error: Exception) -> str:

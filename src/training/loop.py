@@ -20,7 +20,7 @@ from training.accumulation import backward_in_micro_batches
 from training.checkpoint import TrainingState
 from training.data import Batch, TrainLoader
 from training.distributed import World
-from training.errors import UserError
+from training.errors import OneRankError
 from training.precision import Precision
 from training.reporting import Reporter, progress_bar, reduce_metrics
 from training.schedules import LearningRates
@@ -54,14 +54,14 @@ class Training:
         """[B] int64 on the device, where the batch has keys.
 
         Raises:
-            UserError: the objective has no place for one of them.
+            OneRankError: the objective has no place for one of them.
         """
         if batch.keys is None:
             return None
         try:
             self.state.objective.check_keys(batch.keys)
         except ValueError as error:
-            raise UserError(str(error)) from None
+            raise OneRankError(str(error)) from None
         return batch.keys.to(self.world.device, non_blocking=True)
 
 
@@ -111,7 +111,7 @@ def train_one_epoch(training: Training, epoch: int) -> None:
             is_logged = index == 0 or (index + 1) % args.log_every_n_steps == 0 or index + 1 == steps
             state.objective.report = is_logged
             training.rates.set(state.step)
-            state.objective.temperature_lr = training.rates.sample_temperature(state.step)
+            state.objective.temperature_lr = training.rates.temperature(state.step)
             output = training_step(training, batch)
             state.step += 1
             bar.update()

@@ -15,13 +15,13 @@ if not __package__:
 
 import torch.distributed as dist
 
-from neuclip.objectives import OBJECTIVES, RunShape, build_objective
+from neuclip.objectives import OBJECTIVES, Objective, RunShape, build_objective
 from training import distributed
 from training.atomic_files import write_atomically
 from training.checkpoint import TrainingState, newest_checkpoint, read_checkpoint, remove_leftovers
 from training.data import TrainLoader, build_train_loader, check_train_data
 from training.distributed import World
-from training.errors import UserError
+from training.errors import OneRankError, UserError, reason_of
 from training.evaluate import Evaluator
 from training.loop import Training, train_one_epoch
 from training.model import ModelBundle, build_model, check_model, copy_model_configs, wrap
@@ -32,7 +32,7 @@ from training.precision import Precision
 from training.reporting import Reporter, log_to_file, start_logging
 from training.run_folder import RunFolder, default_name
 from training.schedules import LearningRates
-from training.table_files import mark_used, release, save_tables
+from training.table_files import remove_unused, save_tables
 
 # A mistake in the flags is found by every rank on its own. The others leave time for rank 0 to say it: slurm ends all tasks
 # when the first one fails.
@@ -55,8 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         start_logging(world, args.debug)
         train(args, world)
     except UserError as error:
-        # Without a process group this rank may be the only one that knows; with one, all ranks have the same message.
-        if rank == 0 or not dist.is_initialized():
+        # Without a process group this rank may be the only one that knows; with one, all ranks have the same message, or it
+        # says that they have not.
+        if rank == 0 or not dist.is_initialized() or isinstance(error, OneRankError):
             where = "" if rank == 0 else f"[rank {rank}] "
             print(f"{where}error: {error}", file=sys.stderr, flush=True)
         return 2
@@ -79,8 +80,9 @@ def train(args: Namespace, world: World) -> None:
     loader = world.check_together(lambda: _open_data(args, world, bundle))
     world.check_same((loader.steps_per_epoch, loader.data_description), f"--train-data {args.train_data}")
     reporter = world.check_together(lambda: Reporter(args, folder, world))
+    objective = world.check_together(lambda: _build_objective(args, world, bundle, loader))
     # Not a check: ranks talk to each other in it. What it refuses, it refuses on all of them.
-    training = _assemble(args, world, bundle, loader, reporter)
+    training = _assemble(args, world, bundle, loader, reporter, objective)
     state = training.state
     evaluator = world.check_together(lambda: Evaluator(args, bundle, world, training.precision))
     # One rank chooses, so that all go on from the same file.
@@ -147,11 +149,25 @@ def _open_data(args: Namespace, world: World, bundle: ModelBundle) -> TrainLoade
     )
 
 
-def _assemble(args: Namespace, world: World, bundle: ModelBundle, loader: TrainLoader, reporter: Reporter) -> Training:
-    """Objective, optimizer and schedules around a model."""
+def _build_objective(args: Namespace, world: World, bundle: ModelBundle, loader: TrainLoader) -> Objective:
     batch_size = args.batch_size * args.accum_freq
     shape = RunShape(bundle.embed_dim, batch_size, world.size, loader.steps_per_epoch, args.epochs)
-    objective = build_objective(args, shape).to(world.device)
+    try:
+        return build_objective(args, shape).to(world.device)
+    except (ValueError, RuntimeError, MemoryError) as error:
+        # What depends on the model, and memory that does not suffice for tables or networks.
+        raise UserError(f"--objective {args.objective} cannot be built: {reason_of(error)}") from error
+
+
+def _assemble(
+    args: Namespace,
+    world: World,
+    bundle: ModelBundle,
+    loader: TrainLoader,
+    reporter: Reporter,
+    objective: Objective,
+) -> Training:
+    """Optimizer and schedules around a model and its objective."""
     towers = bundle.towers
     model = wrap(args, towers, objective, world)
     optimizer = build_optimizer(args, parameter_groups(towers, towers.model.logit_scale, args.wd, objective))
@@ -192,12 +208,11 @@ def _save(args: Namespace, folder: RunFolder, state: TrainingState, world: World
     if not world.is_main:
         return
     for path in paths:
-        mark_used(folder.checkpoints, tables, path)
         write_atomically(path, content)
-        release(folder.checkpoints, path, keep=tables)
         logging.info("saved %s", path)
     if due and args.delete_previous_checkpoint:
         _delete_before(state.epoch, folder)
+    remove_unused(folder.checkpoints)
 
 
 def _delete_before(epoch: int, folder: RunFolder) -> None:
@@ -205,7 +220,6 @@ def _delete_before(epoch: int, folder: RunFolder) -> None:
         number = path.stem.removeprefix("epoch_")
         if number.isdecimal() and int(number) < epoch:
             path.unlink()
-            release(folder.checkpoints, path)
 
 
 def cli() -> None:

@@ -67,10 +67,14 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     _fill_defaults(args)
     _check(args)
     try:
-        resolve_objective(args)
+        objective_class = resolve_objective(args)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if args.data_size is not None and args.train_num_samples is not None and args.data_size < args.train_num_samples:
+    if args.lr_tau_scheduler is None:
+        args.lr_tau_scheduler = objective_class.temperature_schedule
+    # Drawn with replacement an epoch may have more samples than the data set.
+    samples = None if args.dataset_resampled else args.train_num_samples
+    if args.data_size is not None and samples is not None and args.data_size < samples:
         raise UserError(
             f"--data_size {args.data_size} is smaller than --train-num-samples {args.train_num_samples}: "
             "it counts the integer keys of the data set, gaps included, so give at least the number of samples"
@@ -225,8 +229,9 @@ def _optimization(parser: ArgumentParser) -> None:
     add(
         "--lr_tau_scheduler",
         choices=("const", "cosine", "step_thresh"),
-        default="cosine",
-        help="step_thresh: a third of lr_tau while τ ≤ 0.03",
+        default=None,
+        help="cosine: with --warmup, as the model; const; step_thresh: const, and a third of it while τ ≤ 0.03 (the "
+        "objective's own choice unless given)",
     )
     add("--grad-checkpointing", action="store_true", help="recompute activations in backward")
     add("--torchcompile", action="store_true", help="compile the towers")

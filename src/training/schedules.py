@@ -62,8 +62,6 @@ class LearningRates:
         self.logit_scale = logit_scale
         self.model = _model_schedule(args, steps_per_epoch)
         self.temperature = _temperature_schedule(args, steps_per_epoch)
-        # Temperatures of single samples start where samples are first seen, so a warmup of the run means nothing to them.
-        self.sample_temperature = _temperature_schedule(args, steps_per_epoch, warmup=0)
         self.by_threshold = args.lr_tau_scheduler == "step_thresh" and not args.skip_scheduler
         # Only these accept a learning rate that lives on the device; the others have to wait for its value at each step.
         self.accepts_tensor = isinstance(optimizer, torch.optim.AdamW)
@@ -105,10 +103,8 @@ def _model_schedule(args: Namespace, steps_per_epoch: int) -> Schedule:
     return cooldown(args.lr, args.warmup, total, length, args.lr_cooldown_end, args.lr_cooldown_power)
 
 
-def _temperature_schedule(args: Namespace, steps_per_epoch: int, warmup: int | None = None) -> Schedule:
-    warmup = args.warmup if warmup is None else warmup
-    if args.skip_scheduler:
-        return constant(args.lr_tau, 0)
-    if args.lr_tau_scheduler == "cosine":
-        return cosine(args.lr_tau, warmup, args.epochs * steps_per_epoch, args.lr_min)
-    return constant(args.lr_tau, warmup)
+def _temperature_schedule(args: Namespace, steps_per_epoch: int) -> Schedule:
+    if args.lr_tau_scheduler == "cosine" and not args.skip_scheduler:
+        return cosine(args.lr_tau, args.warmup, args.epochs * steps_per_epoch, args.lr_min)
+    # Without a warmup, as FastCLIP and AmorLIP released it: published commands have long ones, meant for the towers.
+    return constant(args.lr_tau, 0)

@@ -4,13 +4,14 @@
     checkpoints/tables-5400-1f0c9a2e/            5400: the step
         table.000000000000-000119999999.pt       rows by their numbers, so that any number of ranks can read them
         table.000120000000-000239999999.pt
-        epoch_3.pt.user                          empty: the checkpoint of that name needs this folder
 
-Each folder is written once, under a name of its own, before the checkpoint that names it appears.
+Each folder is written once, under a name of its own, before the checkpoint that names it appears. It is removed when no
+checkpoint names it any more.
 """
 
 from __future__ import annotations
 
+import logging
 import pickle
 import re
 import secrets
@@ -30,7 +31,6 @@ from training.errors import UserError, reason_of
 PART_BYTES = 10**9
 
 _PART = re.compile(r"(?P<name>.+)\.(?P<first>\d{12,})-(?P<last>\d{12,})\.pt")
-_USER = ".user"
 
 
 def large_tables(objective: Objective) -> dict[str, ShardedTable]:
@@ -80,33 +80,24 @@ def load_tables(objective: Objective, folder: Path) -> None:
             )
 
 
-def mark_used(checkpoints: Path, folder: str | None, checkpoint: Path) -> None:
-    """Note that a checkpoint of that name is about to be written and needs the folder."""
-    if folder is not None:
-        (checkpoints / folder / (checkpoint.name + _USER)).touch()
-
-
-def release(checkpoints: Path, checkpoint: Path, keep: str | None = None) -> None:
-    """Remove the tables that a checkpoint needed, unless another needs them too.
-
-    Args:
-        checkpoint: its file was removed, or replaced by one that needs the folder `keep`.
-    """
-    for mark in checkpoints.glob(f"tables-*/{checkpoint.name}{_USER}"):
-        if mark.parent.name != keep:
-            mark.unlink()
-            _remove_if_unused(mark.parent)
-
-
 def remove_unused(checkpoints: Path) -> None:
-    """Remove what a process that was killed while saving left behind. No checkpoint was written for such a folder."""
-    for folder in checkpoints.glob("tables-*"):
-        _remove_if_unused(folder)
+    """Remove the tables that no checkpoint names: those of replaced checkpoints, and what a process left that was killed.
 
-
-def _remove_if_unused(folder: Path) -> None:
-    if not any(folder.glob("*" + _USER)):
-        shutil.rmtree(folder)
+    Where a checkpoint cannot be read nothing is removed, since nobody knows what it needs.
+    """
+    folders = [path for path in checkpoints.glob("tables-*") if path.is_dir()]
+    needed = set()
+    for path in checkpoints.glob("*.pt") if folders else ():
+        try:
+            # Mapped: of the file no more is read than what it holds and where.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+            logging.warning("%s cannot be read (%s): no tables are removed", path, reason_of(error))
+            return
+        needed.add(content.get("tables") if isinstance(content, dict) else None)
+    for folder in folders:
+        if folder.name not in needed:
+            shutil.rmtree(folder)
 
 
 def _write_parts(tables: dict[str, ShardedTable], folder: Path) -> None:

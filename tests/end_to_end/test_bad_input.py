@@ -221,3 +221,13 @@ def test_name_is_free_again_after_a_mistake(train: Trainer, refused: Refusal, co
     flags = ("--name", "again", "--train-data", corpus.train, "--batch-size", "64", "--epochs", "1")
     refused(*flags, "--resume", str(tmp_path / "absent.pt"))
     assert train(*flags) == 0
+
+
+def test_an_objective_that_the_model_does_not_allow(refused: Refusal, corpus: Corpus) -> None:
+    message = refused("--amorlip", "--h_dim_factor", "0.0001", "--train-data", corpus.train, "--batch-size", "8")
+    _assert_names(message, "--objective amorlip cannot be built", "--h_dim_factor 0.0001")
+
+
+def test_tables_larger_than_memory(refused: Refusal, corpus: Corpus) -> None:
+    message = refused("--fastclip", "--data_size", str(10**14), "--train-data", corpus.train, "--batch-size", "8")
+    _assert_names(message, "--objective fastclip cannot be built", "memory")

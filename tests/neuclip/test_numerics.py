@@ -295,3 +295,31 @@ def test_float64_features_are_welcome_in_a_float32_objective(name: str, features
         assert loss.dtype == torch.float64
         loss.backward()
         assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in objective.parameters())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(f"--objective {name} --npn_num_protos 8" for name in sorted(OBJECTIVES)),
+        *("--objective neuclip --npn_num_protos 20", "--objective neuclip --npn_optimizer adagrad --npn_lr 0.1"),
+        *("--objective neuclip --npn_arch mlp", "--objective neuclip --npn_arch mlp --npn_optimizer adagrad_norm"),
+        *(f"--amorlip --lambda_loss_type {loss} --reinit_lambda_every_n_epochs 0" for loss in ("log_l2", "js_div")),
+        "--amorlip --no-fit_w_prev",
+        "--fastclip --temperature_scheme individual_learnable",
+    ],
+)
+@pytest.mark.parametrize("when", [0, 2])
+def test_a_broken_batch_leaves_no_trace(flags: str, bad: float, when: int, features: FeatureMaker) -> None:
+    """As when a tower overflows in half precision: the step is lost, what the objective has learnt is not."""
+    objective = make_objective(f"{flags} --npn_restart_iter 0 --data_size 8", RunShape(6, 8, 1, 3, 4))
+    for step in range(8):
+        if step % 3 == 0:
+            objective.start_epoch(step // 3)
+        images, texts = (x.detach().clone() for x in features(step, 8, dtype=torch.float32))
+        if step == when:
+            images[3] = bad
+            bias = None if objective.initial_logit_bias is None else torch.tensor(-3.0)
+            objective(images, texts, torch.tensor(20.0), bias, torch.arange(8))
+        else:
+            assert_finite_step(objective, images.requires_grad_(), texts.requires_grad_())

@@ -65,7 +65,8 @@ def test_published_command() -> None:
 # What the sample commands of FastCLIP's publication (CC3M on 8 GPUs) have in common, and what makes a version of it.
 FASTCLIP = (
     "--save-frequency 1 --train-data './cc3m/{00000..00331}.tar' --train-num-samples 2723840 --data_size 3318333 "
-    "--warmup 10000 --batch-size 128 --epochs 37 --workers 6 --model RN50 --name medium --seed 2024 --profile --wd 0.1 --local-loss --lr 1e-3"
+    "--warmup 10000 --batch-size 128 --epochs 37 --workers 6 --model RN50 --name medium --seed 2024 --profile "
+    "--wd 0.1 --local-loss --lr 1e-3"
 )
 FASTCLIP_VERSIONS = {
     "openclip": ("--gather-with-grad", {"objective": "openclip", "lr_tau": 1e-3, "gather_with_grad": True}),
@@ -102,6 +103,21 @@ def test_published_fastclip_commands(version: str) -> None:
     args = parse_args(shlex.split(f"{FASTCLIP} {command}"))
     expected = {"objective": "fastclip", "data_size": 3318333, "batch_size": 128, "wd": 0.1, **expected}
     assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_temperature_schedule_is_the_objectives_unless_given() -> None:
+    for name, cls in OBJECTIVES.items():
+        words = [*DATA, "--objective", name, "--data_size", "9"]
+        assert parse_args(words).lr_tau_scheduler == cls.temperature_schedule
+        assert parse_args([*words, "--lr_tau_scheduler", "const"]).lr_tau_scheduler == "const"
+    assert OBJECTIVES["amorlip"].temperature_schedule == "step_thresh"
+
+
+def test_an_epoch_drawn_with_replacement_may_be_longer_than_the_data_set() -> None:
+    words = ["--train-data", "a.tar", "--train-num-samples", "70", "--data_size", "50"]
+    assert parse_args([*words, "--dataset-resampled"]).data_size == 50
+    with pytest.raises(UserError, match="--data_size 50 is smaller than --train-num-samples 70"):
+        parse_args(words)
 
 
 def test_published_amorlip_command() -> None:

@@ -12,6 +12,7 @@ from neuclip.normalizers import ShardedTable, table
 from neuclip.objectives import Objective
 from ranks import run_on_ranks
 from training import table_files
+from training.atomic_files import write_atomically
 from training.distributed import World
 from training.errors import UserError
 
@@ -81,12 +82,13 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 
 def _saved(checkpoints: Path, step: int, *users: str) -> str:
+    """Tables, and checkpoints that name them."""
     objective = Remembering()
     objective.set_rows()
     name = table_files.save_tables(objective, checkpoints, step, ALONE)
-    for user in users:
-        table_files.mark_used(checkpoints, name, checkpoints / user)
     assert name is not None
+    for user in users:
+        write_atomically(checkpoints / user, {"epoch": 1, "tables": name, "weights": torch.zeros(100)})
     return name
 
 
@@ -94,7 +96,6 @@ def test_nothing_is_written_without_large_tables(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(table, "STATE_DICT_LIMIT", 10**9)
     assert table_files.save_tables(Remembering(), tmp_path, 1, ALONE) is None
     assert table_files.save_tables(Objective(), tmp_path, 1, ALONE) is None
-    table_files.mark_used(tmp_path, None, tmp_path / "epoch_1.pt")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -102,21 +103,36 @@ def test_the_same_step_is_never_written_twice_to_one_place(tmp_path: Path) -> No
     assert _saved(tmp_path, 5) != _saved(tmp_path, 5)
 
 
-def test_a_folder_goes_with_the_last_checkpoint_that_needs_it(tmp_path: Path) -> None:
+def _folders(checkpoints: Path) -> set[str]:
+    return {path.name for path in checkpoints.glob("tables-*")}
+
+
+def test_a_folder_goes_with_the_last_checkpoint_that_names_it(tmp_path: Path) -> None:
     first = _saved(tmp_path, 5, "epoch_1.pt", "epoch_latest.pt")
     second = _saved(tmp_path, 10, "epoch_2.pt", "epoch_latest.pt")
-    table_files.release(tmp_path, tmp_path / "epoch_latest.pt", keep=second)
     table_files.remove_unused(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {first, second}
-    table_files.release(tmp_path, tmp_path / "epoch_1.pt")
-    assert [path.name for path in tmp_path.iterdir()] == [second]
+    assert _folders(tmp_path) == {first, second}
+    (tmp_path / "epoch_1.pt").rename(tmp_path / "best.pt")
+    table_files.remove_unused(tmp_path)
+    assert _folders(tmp_path) == {first, second}
+    (tmp_path / "best.pt").unlink()
+    table_files.remove_unused(tmp_path)
+    assert _folders(tmp_path) == {second}
 
 
 def test_a_folder_that_no_checkpoint_was_written_for_is_a_leftover(tmp_path: Path) -> None:
     _saved(tmp_path, 5)
     kept = _saved(tmp_path, 10, "epoch_2.pt")
+    write_atomically(tmp_path / "foreign.pt", torch.zeros(3))
     table_files.remove_unused(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [kept]
+    assert _folders(tmp_path) == {kept}
+
+
+def test_nothing_is_removed_where_a_checkpoint_cannot_be_read(tmp_path: Path) -> None:
+    left = {_saved(tmp_path, 5), _saved(tmp_path, 10, "epoch_2.pt")}
+    (tmp_path / "epoch_3.pt").write_bytes((tmp_path / "epoch_2.pt").read_bytes()[:200])
+    table_files.remove_unused(tmp_path)
+    assert _folders(tmp_path) == left
 
 
 @pytest.mark.parametrize("missing", ["first", "middle", "last", "all"])

@@ -45,6 +45,8 @@ class InnerOptimizer(nn.Module):
         raise NotImplementedError
 
     def _decayed(self, weights: Tensor, gradient: Tensor) -> Tensor:
+        # A broken batch (an overflow in half precision, say) must not leave the network broken: it has no part in the step.
+        gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
         return gradient + self.weight_decay * weights if self.weight_decay else gradient
 
 

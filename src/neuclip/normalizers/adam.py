@@ -50,7 +50,9 @@ class Adam(nn.Module):
         """One step. `weights` [*shape] is changed in place; `gradient` has the same shape and is clamped in place."""
         self.updates += 1
         first, second = self.betas
-        gradient = gradient.clamp_(-LARGEST_GRADIENT, LARGEST_GRADIENT)
+        # A broken batch (an overflow in half precision, say) must not leave the network broken: it has no part in the step.
+        gradient = gradient.nan_to_num_(0.0, LARGEST_GRADIENT, -LARGEST_GRADIENT)
+        gradient.clamp_(-LARGEST_GRADIENT, LARGEST_GRADIENT)
         self.first_moment.lerp_(gradient, 1.0 - first)
         self.second_moment.mul_(second).addcmul_(gradient, gradient, value=1.0 - second)
         # Bias correction: the moments start at 0.

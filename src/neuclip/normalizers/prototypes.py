@@ -66,7 +66,7 @@ class PrototypeNormalizer(NormalizerNetwork):
         """Remember the features of a batch for the next restart (only where m > N)."""
         capacity = self.recent.shape[1]
         if capacity:
-            features = batch.features.to(self.recent.dtype)
+            features = _with_direction(batch.features.to(self.recent.dtype))
             self.recent.copy_(torch.cat((features[:, :capacity], self.recent), dim=1)[:, :capacity])
             self.num_recent = min(self.num_recent + batch.size, capacity)
 
@@ -76,12 +76,9 @@ class PrototypeNormalizer(NormalizerNetwork):
 
         `observe(batch)` comes first. With m > N and fewer than m samples seen so far, all of them become prototypes.
         """
-        source = self.recent[:, : self.num_recent] if self.recent.shape[1] else batch.features
+        source = self.recent[:, : self.num_recent] if self.recent.shape[1] else _with_direction(batch.features)
         source = source[:, : self.num_prototypes]
         self.active = source.shape[1]
-        # A feature of zeros (a tower that broke down) has no direction: any will do, as long as it is finite.
-        is_zero = source.norm(dim=2, keepdim=True) == 0
-        source = torch.where(is_zero, source.shape[2] ** -0.5, source)
         self.prototypes[:, : self.active].copy_(source.flip(0))
         if self.optimizer is not None:
             self.optimizer.reset()
@@ -139,3 +136,9 @@ class PrototypeNormalizer(NormalizerNetwork):
         if key in state_dict and state_dict[key].shape[1] != self.recent.shape[1]:
             state_dict[key] = torch.zeros_like(self.recent)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _with_direction(features: Tensor) -> Tensor:
+    """Features [2, N, d]; those of zeros or of no numbers (a tower that broke down) get some direction, whichever."""
+    length = features.norm(dim=2, keepdim=True)
+    return torch.where((length > 0) & torch.isfinite(length), features, features.shape[2] ** -0.5)

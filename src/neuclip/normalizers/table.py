@@ -8,6 +8,7 @@ rank waits for a count and nothing goes through the host.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -161,6 +162,7 @@ class ShardedTable(nn.Module):
         on_host = self.shard.to("cpu", target.dtype)
         self.shard = _mapped_to_gpu(on_host, target.device)
         self._on_host = on_host  # what `shard` is a view of
+        weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, on_host.data_ptr())
         return self
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -223,7 +225,7 @@ def _mapped_to_gpu(on_host: Tensor, device: torch.device) -> Tensor:
         status = torch.cuda.cudart().cudaHostRegister(on_host.data_ptr(), on_host.nbytes, 0)
         if int(status) != 0:
             raise RuntimeError(
-                f"CUDA cannot page-lock {on_host.nbytes / 2**30:.1f} GiB of host memory (error {int(status)}): raise the "
-                "limit of locked memory (ulimit -l), or use --table-device gpu"
+                f"CUDA cannot page-lock {on_host.nbytes / 2**30:.1f} GiB of host memory ({status}): where that is for want of "
+                "memory raise the limit of locked memory (ulimit -l), or use --table-device gpu"
             )
         return torch.as_tensor(_CudaArray(on_host), device=device)

@@ -58,6 +58,7 @@ class AmorLIP(Objective):
     summary = "log-normalizers amortised by small networks of the features"
     synonyms = (frozenset({"amorlip"}),)
     shared_arguments = ((TITLE, add_global_arguments),)
+    temperature_schedule = "step_thresh"  # the only one of the release
 
     def __init__(
         self, normalizer: AmortisedNormalizer, settings: AmorLIPSettings, learn_temperature: bool = True

@@ -74,6 +74,8 @@ class Objective(nn.Module):
         shared_arguments: (title, function) pairs that add flags which several objectives share.
         needs_keys: whether `compute` needs the samples' integer keys.
         initial_temperature, initial_logit_bias: starting point; a bias of None means that the model has none.
+        temperature_schedule: how the learning rate of the temperature changes unless the user says: const, cosine, or
+            step_thresh.
 
     Instance attributes:
         temperature_learning: who changes the temperature.
@@ -95,6 +97,7 @@ class Objective(nn.Module):
     needs_keys: ClassVar[bool] = False
     initial_temperature: ClassVar[float] = 0.07
     initial_logit_bias: ClassVar[float | None] = None
+    temperature_schedule: ClassVar[str] = "cosine"
     outer_weight_decay: float = 0.0
 
     def __init__(self, learn_temperature: bool = True) -> None:

@@ -44,9 +44,9 @@ def check_train_data(config: DataConfig, world_size: int = 1) -> None:
         plan_steps(config, world_size, len(rows))
         _check_first_rows(config, rows)
     else:
-        plan_steps(
-            config, world_size, config.train_num_samples or SYNTHETIC_STEPS * config.samples_per_step * world_size
-        )
+        total = config.train_num_samples or SYNTHETIC_STEPS * config.samples_per_step * world_size
+        _check_keys(config, "the synthetic data", [total - 1])
+        plan_steps(config, world_size, total)
 
 
 def _check_shards(config: DataConfig, world_size: int) -> None:

@@ -132,3 +132,9 @@ def test_rows_beyond_the_data_size(kit, tmp_path: Path) -> None:
     check_train_data(kit.config(tmp_path / "rows.csv", data_size=8))
     with pytest.raises(UserError, match=r"--data_size 7 is too small: .*rows\.csv has a sample with the key 7"):
         check_train_data(kit.config(tmp_path / "rows.csv", data_size=7))
+
+
+def test_synthetic_samples_beyond_the_data_size(kit) -> None:
+    check_train_data(kit.config(None, dataset_type="synthetic", train_num_samples=20, data_size=20))
+    with pytest.raises(UserError, match="--data_size 19 is too small: the synthetic data has a sample with the key 19"):
+        check_train_data(kit.config(None, dataset_type="synthetic", train_num_samples=20, data_size=19))
