@@ -145,13 +145,13 @@ def test_methods_need_little() -> None:
     assert found - standard <= allowed
 
 
-@pytest.mark.parametrize("path", _files("src", "scripts", "tests"), ids=_name)
+@pytest.mark.parametrize("path", _files("src", "scripts", "tests", "benchmarks"), ids=_name)
 def test_files_stay_readable(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) < 1000
     assert path.stem not in ("utils", "util", "misc", "common")
 
 
-@pytest.mark.parametrize("path", _files("src"), ids=_name)
+@pytest.mark.parametrize("path", _files("src", "benchmarks"), ids=_name)
 def test_every_module_says_what_it_is_for(path: Path) -> None:
     source = path.read_text(encoding="utf-8")
     assert not source.strip() or ast.get_docstring(ast.parse(source))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -283,10 +285,11 @@ def test_a_feature_row_of_zeros_does_not_poison_the_prototypes(
         assert_finite_step(objective, pair[0].requires_grad_(), pair[1].requires_grad_())
 
 
+@pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("name", LINES)
-def test_float64_features_are_welcome_in_a_float32_objective(name: str, features: FeatureMaker) -> None:
+def test_float64_features_are_welcome_in_a_float32_objective(name: str, chunk: str, features: FeatureMaker) -> None:
     """forward's contract is float32 or better; nobody has to know that an objective holds buffers."""
-    objective = make_objective(f"{LINES[name]} --data_size 8", RunShape(6, 8, 1, 10, 2))
+    objective = make_objective(f"{LINES[name]} --data_size 8 {chunk}", RunShape(6, 8, 1, 10, 2))
     for step in range(2):
         images, texts = features(step, 8)
         bias = None if objective.initial_logit_bias is None else torch.tensor(-3.0).double()
@@ -323,3 +326,30 @@ def test_a_broken_batch_leaves_no_trace(flags: str, bad: float, when: int, featu
             objective(images, texts, torch.tensor(20.0), bias, torch.arange(8))
         else:
             assert_finite_step(objective, images.requires_grad_(), texts.requires_grad_())
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0, 1e4])
+@pytest.mark.parametrize("bias", [-1e4, -10.0, 0.0, 1e4])
+def test_sigmoids_in_chunks_are_as_exact_in_float32(scale: float, bias: float, features: FeatureMaker) -> None:
+    """Where sigmoid(x) is 0 or 1 in float32, losses are linear in x and gradients vanish, neither by overflow."""
+    results = []
+    for chunk, dtype in (("", torch.float64), ("--loss-chunk-size 3", torch.float32)):
+        objective = make_objective(f"--objective siglip {chunk}", RunShape(6, 8, 1, 10, 2))
+        inputs = [x.detach().to(dtype).requires_grad_() for x in features(2, 8, dtype=torch.float32)]
+        inputs += [torch.tensor(value, dtype=dtype, requires_grad=True) for value in (scale, bias)]
+        loss = objective(*inputs).loss
+        results.append([value.double() for value in (loss, *torch.autograd.grad(loss, inputs))])
+    for exact, chunked in zip(*results):
+        torch.testing.assert_close(chunked, exact, rtol=1e-4, atol=1e-5 * float(exact.detach().abs().max()))
+
+
+def test_a_vanishing_derivative_of_a_matching_pair_is_not_rounded_to_zero() -> None:
+    """exp(−30) of a matching pair with x = 30: sigmoid(30) − 1 is 0 in float32."""
+    same = F.normalize(torch.eye(4, DIM), dim=1)
+    bias = torch.tensor(0.0, requires_grad=True)
+    objective = make_objective("--objective siglip --loss-chunk-size 1", RunShape(DIM, 4, 1, 10, 2))
+    images = same.clone().requires_grad_()
+    objective(images, same, torch.tensor(30.0), bias).loss.backward()
+    assert images.grad is not None
+    expected = -30.0 * math.exp(-30.0) / 4
+    assert float(images.grad[0, 0]) == pytest.approx(expected, rel=1e-5, abs=0.0)
