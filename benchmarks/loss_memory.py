@@ -81,12 +81,12 @@ def measure(case: Case) -> Result:
     free = free_bytes(case.device)
     if case.expected_bytes > USABLE * free:
         return Result(note=f"skipped: expected {readable(case.expected_bytes)}, free {readable(free)}")
-    # Libraries and threads are loaded by a first step; they are not the loss's.
-    step(build(case, WARM_UP_SIZE), make_inputs(case, WARM_UP_SIZE))
-    objective, inputs = build(case, case.size), make_inputs(case, case.size)
-    meter = CudaPeak() if case.device.startswith("cuda") else ResidentPeak()
     seconds = []
     try:
+        # Libraries and threads are loaded by a first step; they are not the loss's.
+        step(build(case, WARM_UP_SIZE), make_inputs(case, WARM_UP_SIZE))
+        objective, inputs = build(case, case.size), make_inputs(case, case.size)
+        meter = CudaPeak() if case.device.startswith("cuda") else ResidentPeak()
         for _ in range(case.steps):
             started = time.perf_counter()
             step(objective, inputs)
