@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from neuclip.objectives import Objective
+from neuclip.objectives import Objective, flags_without_effect
 from training.data import TrainLoader
 from training.distributed import World
 from training.model import TwoTowers
@@ -43,6 +43,9 @@ def plan_lines(
         "git": git_revision(),
         "versions": _versions(),
     }
+    ignored = flags_without_effect(args)
+    if ignored:
+        rows["no effect"] = f"{', '.join(ignored)}: flags of other objectives"
     width = max(map(len, rows))
     return [f"{name:<{width}}  {value}" for name, value in rows.items()]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from neuclip import OBJECTIVES
 from small_training import ALONE, make_args, make_batches, make_training
 from training import plan
 from training.distributed import World
@@ -80,3 +81,12 @@ def test_git_revision_outside_a_checkout(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_git_revision_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert plan.git_revision() == "unknown"
+
+
+def test_flags_of_other_objectives_are_told() -> None:
+    given = ("--npn_lr", "3", "--local-loss", "--no-fit_w_prev")
+    rows = _plan("--objective", "siglip", *given)
+    expected = {"--npn_lr (neuclip)", "--local-loss (openclip)", "--fit_w_prev (amorlip)"}
+    assert set(rows["no effect"].removesuffix(": flags of other objectives").split(", ")) == expected
+    for objective in OBJECTIVES:
+        assert "no effect" not in _plan("--objective", objective)

@@ -1,7 +1,14 @@
 """The objectives. Adding one: a new file beside this one and one line in registry.py."""
 
 from neuclip.objectives.base import Objective, Output, RunShape, TemperatureLearning
-from neuclip.objectives.registry import OBJECTIVES, add_arguments, build_objective, make_objective, resolve
+from neuclip.objectives.registry import (
+    OBJECTIVES,
+    add_arguments,
+    build_objective,
+    flags_without_effect,
+    make_objective,
+    resolve,
+)
 
 __all__ = [
     "OBJECTIVES",
@@ -11,6 +18,7 @@ __all__ = [
     "TemperatureLearning",
     "add_arguments",
     "build_objective",
+    "flags_without_effect",
     "make_objective",
     "resolve",
 ]

@@ -66,6 +66,17 @@ def resolve(args: Namespace) -> type[Objective]:
     return cls
 
 
+def flags_without_effect(args: Namespace) -> list[str]:
+    """Flags given that belong to another method than the chosen one, `--flag (method)`; from resolved arguments."""
+    found = []
+    for name, cls in OBJECTIVES.items():
+        parser = ArgumentParser(add_help=False)
+        cls.add_arguments(parser.add_argument_group())
+        given = [action for action in parser._actions if getattr(args, action.dest, action.default) != action.default]
+        found += [f"{action.option_strings[0]} ({name})" for action in given if name != args.objective]
+    return found
+
+
 def build_objective(args: Namespace, shape: RunShape) -> Objective:
     """The objective named by `args.objective`, from arguments that went through `resolve`."""
     objective = OBJECTIVES[args.objective].from_args(args, shape)
