@@ -67,11 +67,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     _fill_defaults(args)
     _check(args)
     try:
-        objective_class = resolve_objective(args)
+        resolve_objective(args)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if args.lr_tau_scheduler is None:
-        args.lr_tau_scheduler = objective_class.temperature_schedule
     # Drawn with replacement an epoch may have more samples than the data set.
     samples = None if args.dataset_resampled else args.train_num_samples
     if args.data_size is not None and samples is not None and args.data_size < samples:
@@ -226,13 +224,6 @@ def _optimization(parser: ArgumentParser) -> None:
     add("--lr-cooldown-end", type=float, default=0.0, help="learning rate at the end of the cooldown")
     add("--lr-cooldown-power", type=float, default=1.0, help="1: linear")
     add("--grad-clip-norm", type=float)
-    add(
-        "--lr_tau_scheduler",
-        choices=("const", "cosine", "step_thresh"),
-        default=None,
-        help="cosine: with --warmup, as the model; const; step_thresh: const, and a third of it while τ ≤ 0.03 (the "
-        "objective's own choice unless given)",
-    )
     add("--grad-checkpointing", action="store_true", help="recompute activations in backward")
     add("--torchcompile", action="store_true", help="compile the towers")
     add("--seed", type=int, default=0)

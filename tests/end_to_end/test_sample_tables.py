@@ -109,6 +109,7 @@ def test_a_key_out_of_range_in_the_middle_of_an_epoch(
     assert "give at least" in message
 
 
+@pytest.mark.usefixtures("alone")
 def test_what_one_rank_alone_finds_is_told_by_that_rank(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

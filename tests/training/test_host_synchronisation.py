@@ -9,8 +9,12 @@ from neuclip import OBJECTIVES
 from small_training import make_args, make_batches, make_training
 from training.loop import training_step
 
-# AdamW counts its steps in host memory, which the guard cannot tell from the device's; plain descent does not count.
-FLAGS = ("--optimizer", "sgd", "--momentum", "0", "--grad-clip-norm", "1", "--npn_num_protos", "6")
+# AdamW counts its steps in host memory, which the guard cannot tell from the device's; plain descent does not count, but
+# takes no learning rate from the device.
+FLAGS = (
+    *("--optimizer", "sgd", "--momentum", "0", "--lr_tau_scheduler", "cosine"),
+    *("--grad-clip-norm", "1", "--npn_num_protos", "6"),
+)
 
 
 @pytest.mark.parametrize("accum_freq", [1, 2])

@@ -284,7 +284,10 @@ def _group(title: str) -> str:
             "global contrastive objectives",
             ["--rho", "--fastclip_eps", "--gamma", "--data_size", "--temperature_scheme"],
         ),
-        ("temperature and memory of the loss", ["--temperature", "--lr_tau", "--loss-chunk-size"]),
+        (
+            "temperature and memory of the loss",
+            ["--temperature", "--lr_tau", "--lr_tau_scheduler", "--loss-chunk-size"],
+        ),
         ("objective openclip", ["--local-loss", "--gather-with-grad"]),
         ("objective siglip", ["--loss-dist-impl"]),
         ("objective neuclip", ["--npn_num_protos", "--npn_repetition", "--npn_restart_iter", "--npn_lr"]),
@@ -295,7 +298,7 @@ def _group(title: str) -> str:
         ("frozen towers", ["--lock-image", "--lock-text", "--lock-image-unlocked-groups"]),
         (
             "optimization",
-            ["--lr", "--wd", "--beta1", "--warmup", "--lr_tau_scheduler", "--batch-size", "--epochs", "--optimizer"],
+            ["--lr", "--wd", "--beta1", "--warmup", "--batch-size", "--epochs", "--optimizer"],
         ),
         ("run folder and checkpoints", ["--name", "--logs", "--resume", "--save-frequency", "--save-most-recent"]),
         ("logging", ["--report-to", "--wandb-project-name", "--log-every-n-steps", "--profile", "--debug"]),

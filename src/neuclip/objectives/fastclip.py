@@ -127,7 +127,7 @@ class FastCLIP(Objective):
             raise ValueError(f"--data_size {args.data_size} is too small: give the largest key + 1")
         if args.temperature_scheme == "individual_learnable":
             args.multiply_tau = True
-            if getattr(args, "lr_tau_scheduler", None) == "step_thresh":
+            if args.lr_tau_scheduler == "step_thresh":
                 raise ValueError(
                     "--lr_tau_scheduler step_thresh follows one temperature and --temperature_scheme individual_learnable "
                     "has one per sample: use const or cosine"

@@ -41,6 +41,13 @@ def _add_common_arguments(group: _ArgumentGroup) -> None:
         "--lr_tau", type=float, default=-1.0, help="learning rate of the temperature; negative: that of the model"
     )
     group.add_argument(
+        "--lr_tau_scheduler",
+        choices=("const", "cosine", "step_thresh"),
+        default=None,
+        help="cosine: with --warmup, as the model; const; step_thresh: const, and a third of it while τ ≤ 0.03 (cosine "
+        "unless given, amorlip: step_thresh)",
+    )
+    group.add_argument(
         "--loss-chunk-size",
         type=int,
         default=None,
@@ -62,6 +69,7 @@ def resolve(args: Namespace) -> type[Objective]:
         setattr(args, flag, True)
     if args.loss_chunk_size is not None and args.loss_chunk_size < 1:
         raise ValueError(f"--loss-chunk-size {args.loss_chunk_size} is too small: give 1 row or more, or leave it out")
+    args.lr_tau_scheduler = args.lr_tau_scheduler or cls.temperature_schedule
     cls.resolve_args(args)
     return cls
 
