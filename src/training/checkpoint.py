@@ -6,7 +6,6 @@ Tables with numbers for every sample of a large data set stand beside the file (
 from __future__ import annotations
 
 import logging
-import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from neuclip.objectives import Objective
-from training.errors import UserError, reason_of
+from training.errors import UNREADABLE, UserError, reason_of
 from training.model import TwoTowers
 from training.optim import load_optimizer_state
 from training.table_files import large_tables, load_tables, remove_unused
@@ -132,7 +131,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"--resume {path}: there is no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         raise UserError(f"--resume {path} cannot be read as a checkpoint: {reason_of(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"--resume {path} holds a {type(content).__name__}, not a checkpoint")

@@ -4,7 +4,10 @@ import pickle
 
 from evaluation.errors import UserError
 
-__all__ = ["OneRankError", "UserError", "reason_of"]
+__all__ = ["UNREADABLE", "OneRankError", "UserError", "reason_of"]
+
+# What torch.load raises at a file that is damaged, cut short or something else, with weights_only=True.
+UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError)
 
 
 class OneRankError(UserError):

@@ -12,7 +12,6 @@ checkpoint names it any more.
 from __future__ import annotations
 
 import logging
-import pickle
 import re
 import secrets
 import shutil
@@ -25,7 +24,7 @@ from neuclip.normalizers import ShardedTable
 from neuclip.objectives import Objective
 from training.atomic_files import write_atomically
 from training.distributed import World
-from training.errors import UserError, reason_of
+from training.errors import UNREADABLE, UserError, reason_of
 
 # Larger parts would only need more memory while they are copied from a GPU.
 PART_BYTES = 10**9
@@ -91,7 +90,7 @@ def remove_unused(checkpoints: Path) -> None:
         try:
             # Mapped: of the file no more is read than what it holds and where.
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+        except UNREADABLE as error:
             logging.warning("%s cannot be read (%s): no tables are removed", path, reason_of(error))
             return
         needed.add(content.get("tables") if isinstance(content, dict) else None)
@@ -127,5 +126,5 @@ def _read_part(path: Path) -> torch.Tensor:
     try:
         # Mapped, not read: of a part that two ranks share each copies its rows only.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # type: ignore[no-any-return]
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise UserError(f"--resume: {path} cannot be read as part of a table: {reason_of(error)}") from None

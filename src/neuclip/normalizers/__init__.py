@@ -5,7 +5,7 @@ from neuclip.normalizers.adam import Adam
 from neuclip.normalizers.amortised import AmortisedNormalizer
 from neuclip.normalizers.divergences import DIVERGENCES, fit_loss
 from neuclip.normalizers.inner_objectives import INNER_OBJECTIVES, InnerObjective, Separate, Unified
-from neuclip.normalizers.mixing import GammaSchedule, log_mix
+from neuclip.normalizers.mixing import GammaSchedule, add_log_eps, log_mix, log_or_minus_infinity
 from neuclip.normalizers.mlp import ResidualMLPs
 from neuclip.normalizers.mlp_normalizer import MLPNormalizer
 from neuclip.normalizers.network import NormalizerNetwork
@@ -36,6 +36,8 @@ __all__ = [
     "Simultaneous",
     "Unified",
     "UnitRowsAdaGradNorm",
+    "add_log_eps",
     "fit_loss",
     "log_mix",
+    "log_or_minus_infinity",
 ]

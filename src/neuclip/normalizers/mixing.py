@@ -1,4 +1,4 @@
-"""Mixing a remembered normalizer with the batch's own estimate, and the schedule of the mixing weight γ."""
+"""Sums in the log domain: with ε, and of a remembered normalizer with the batch's own estimate by the weight γ."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ import torch
 from torch import Tensor
 
 SCHEDULES = ("constant", "cosine", "cosine_step")
+
+
+def log_or_minus_infinity(number: float) -> float:
+    """The logarithm of a number ≥ 0."""
+    return math.log(number) if number > 0 else -math.inf
+
+
+def add_log_eps(log_means: Tensor, log_eps: float) -> Tensor:
+    """log(ε + g) from log g, elementwise; log_eps may be −inf for ε = 0."""
+    return torch.logaddexp(log_means, log_means.new_full((), log_eps))
 
 
 def log_mix(log_remembered: Tensor, log_fresh: Tensor, gamma: float) -> Tensor:

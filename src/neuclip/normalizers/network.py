@@ -7,7 +7,6 @@ ranks and the dtypes are here. Data parallel: every rank holds all weights and i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from neuclip import distributed
 from neuclip.normalizers.adagrad import InnerOptimizer
 from neuclip.normalizers.inner_objectives import InnerObjective
+from neuclip.normalizers.mixing import add_log_eps, log_or_minus_infinity
 from neuclip.pairwise import GlobalBatch
 
 OptimizerMaker = Callable[[tuple[int, ...]], InnerOptimizer]
@@ -50,7 +50,7 @@ class NormalizerNetwork(nn.Module):
 
     def __init__(self, eps: float, inner_objective: InnerObjective, optimizer: InnerOptimizer | None) -> None:
         super().__init__()
-        self.log_eps = math.log(eps) if eps > 0 else -math.inf
+        self.log_eps = log_or_minus_infinity(eps)
         self.inner_objective = inner_objective
         self.optimizer = optimizer
 
@@ -140,7 +140,7 @@ class NormalizerNetwork(nn.Module):
         return derivative / anchors.global_size
 
     def _add_eps(self, log_g: Tensor) -> Tensor:
-        return torch.logaddexp(log_g, log_g.new_full((), self.log_eps))
+        return add_log_eps(log_g, self.log_eps)
 
     def _local_anchors(self, batch: GlobalBatch, logit_scale: Tensor) -> LocalAnchors:
         tensors = (batch.features[:, batch.local], batch.positive[batch.local], logit_scale)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from neuclip import distributed
-from neuclip.normalizers import AmortisedNormalizer, log_mix
+from neuclip.normalizers import AmortisedNormalizer, log_mix, log_or_minus_infinity
 from neuclip.objectives.amorlip_flags import (
     AmorLIPSettings,
     add_amorlip_arguments,
@@ -32,7 +32,7 @@ from neuclip.objectives.amorlip_flags import (
     settings_from_args,
 )
 from neuclip.objectives.base import Objective, Output, RunShape
-from neuclip.objectives.global_flags import TITLE, add_global_arguments, learns_one_temperature
+from neuclip.objectives.global_flags import TITLE, add_global_arguments, fill_defaults, learns_one_temperature
 from neuclip.objectives.reporting import common_metrics
 from neuclip.pairwise import (
     LOG_WEIGHT_CEILING,
@@ -66,8 +66,7 @@ class AmorLIP(Objective):
         super().__init__(learn_temperature)
         self.normalizer = normalizer
         self.settings = settings
-        weight = settings.positive_weight
-        self.log_positive_weight = math.log(weight) if weight > 0 else -math.inf
+        self.log_positive_weight = log_or_minus_infinity(settings.positive_weight)
 
     @classmethod
     def add_arguments(cls, group: _ArgumentGroup) -> None:
@@ -75,8 +74,7 @@ class AmorLIP(Objective):
 
     @classmethod
     def resolve_args(cls, args: Namespace) -> None:
-        if args.beta_decay_epochs is None:
-            args.beta_decay_epochs = max(1.0, args.epochs / 2)
+        fill_defaults(args, {"beta_decay_epochs": max(1.0, args.epochs / 2)})
         check_amorlip_args(args)
 
     @classmethod

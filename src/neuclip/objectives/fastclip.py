@@ -27,10 +27,25 @@ import torch
 from torch import Tensor
 
 from neuclip import distributed
-from neuclip.normalizers import PLACES, GammaSchedule, Placement, ShardedTable, log_mix
+from neuclip.normalizers import (
+    PLACES,
+    GammaSchedule,
+    Placement,
+    ShardedTable,
+    add_log_eps,
+    log_mix,
+    log_or_minus_infinity,
+)
 from neuclip.objectives.base import Objective, Output, RunShape, TemperatureLearning
-from neuclip.objectives.global_flags import TITLE, add_global_arguments, check_global_args, check_range, gamma_schedule
-from neuclip.objectives.reporting import add_log_eps, common_metrics
+from neuclip.objectives.global_flags import (
+    TITLE,
+    add_global_arguments,
+    check_global_args,
+    check_range,
+    fill_defaults,
+    gamma_schedule,
+)
+from neuclip.objectives.reporting import common_metrics
 from neuclip.pairwise import (
     GlobalBatch,
     PairwiseGradient,
@@ -93,7 +108,7 @@ class FastCLIP(Objective):
         self.table = table
         self.gamma = gamma
         self.multiply_tau = multiply_tau
-        self.log_eps = math.log(eps) if eps > 0 else -math.inf
+        self.log_eps = log_or_minus_infinity(eps)
         self.rho = rho
 
     @classmethod
@@ -111,11 +126,9 @@ class FastCLIP(Objective):
 
     @classmethod
     def resolve_args(cls, args: Namespace) -> None:
-        args.fastclip_eps = 1e-14 if args.fastclip_eps is None else args.fastclip_eps
-        args.gamma = 0.2 if args.gamma is None else args.gamma
-        args.gamma_schedule = args.gamma_schedule or "cosine"
-        args.gamma_decay_epochs = (
-            max(1.0, args.epochs / 2) if args.gamma_decay_epochs is None else args.gamma_decay_epochs
+        decay_epochs = max(1.0, args.epochs / 2)
+        fill_defaults(
+            args, {"fastclip_eps": 1e-14, "gamma": 0.2, "gamma_schedule": "cosine", "gamma_decay_epochs": decay_epochs}
         )
         check_global_args(args)
         check_range(args, "table_gpu_gib", least=0.0, remedy="it is a number of GiB")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace, _ArgumentGroup
+from collections.abc import Mapping
 
 from neuclip.normalizers.mixing import SCHEDULES, GammaSchedule
 from neuclip.objectives.base import RunShape
@@ -58,6 +59,13 @@ def add_global_arguments(group: _ArgumentGroup) -> None:
         default=None,
         help="number of integer keys of the data set, gaps included (≥ its samples)",
     )
+
+
+def fill_defaults(args: Namespace, defaults: Mapping[str, float | str]) -> None:
+    """Give an objective's own defaults to those of its flags that were not given (None)."""
+    for flag, value in defaults.items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, value)
 
 
 def check_global_args(args: Namespace) -> None:

@@ -12,24 +12,31 @@ trained on (the part of the objective that depends on α, or a squared error) an
 
 from __future__ import annotations
 
-import math
 from argparse import Namespace, _ArgumentGroup
 
 import torch
 from torch import Tensor
 
 from neuclip import distributed
-from neuclip.normalizers import GammaSchedule, NormalizerNetwork, Optimization, log_mix
+from neuclip.normalizers import (
+    GammaSchedule,
+    NormalizerNetwork,
+    Optimization,
+    add_log_eps,
+    log_mix,
+    log_or_minus_infinity,
+)
 from neuclip.objectives.base import Objective, Output, RunShape
 from neuclip.objectives.global_flags import (
     TITLE,
     add_global_arguments,
     check_global_args,
+    fill_defaults,
     gamma_schedule,
     learns_one_temperature,
 )
 from neuclip.objectives.npn_flags import add_npn_arguments, build_network, build_optimization, resolve_npn_args
-from neuclip.objectives.reporting import add_log_eps, common_metrics
+from neuclip.objectives.reporting import common_metrics
 from neuclip.pairwise import PairwiseGradient, batch_log_means, gather_batch, pairwise_gradient, with_gradients
 
 
@@ -65,7 +72,7 @@ class NeuCLIP(Objective):
         self.optimization = optimization
         self.gamma = gamma
         self.restart_every = restart_every
-        self.log_eps = math.log(eps) if eps > 0 else -math.inf
+        self.log_eps = log_or_minus_infinity(eps)
         self.rho = rho
 
     @classmethod
@@ -75,10 +82,11 @@ class NeuCLIP(Objective):
     @classmethod
     def resolve_args(cls, args: Namespace) -> None:
         args.multiply_tau = True
-        args.fastclip_eps = 1e-8 if args.fastclip_eps is None else args.fastclip_eps
-        args.gamma = 0.42 if args.gamma is None else args.gamma
-        args.gamma_schedule = args.gamma_schedule or "cosine_step"
-        args.gamma_decay_epochs = float(args.epochs) if args.gamma_decay_epochs is None else args.gamma_decay_epochs
+        decay_epochs = float(args.epochs)
+        fill_defaults(
+            args,
+            {"fastclip_eps": 1e-8, "gamma": 0.42, "gamma_schedule": "cosine_step", "gamma_decay_epochs": decay_epochs},
+        )
         check_global_args(args)
         learns_one_temperature(args)
         resolve_npn_args(args)

@@ -21,7 +21,7 @@ from neuclip.normalizers import (
 )
 from neuclip.normalizers.network import OptimizerMaker
 from neuclip.objectives.base import RunShape
-from neuclip.objectives.global_flags import check_range
+from neuclip.objectives.global_flags import check_range, fill_defaults
 
 ALTERNATING, SIMULTANEOUS = "alternating", "simultaneous"
 
@@ -139,12 +139,12 @@ def resolve_npn_args(args: Namespace) -> None:
     """
     architecture = ARCHITECTURES[args.npn_arch]
     _refuse(args, architecture.meaningless, f"has no meaning for --npn_arch {args.npn_arch}", "--npn_arch prototypes")
-    _fill(args, architecture.defaults)
+    fill_defaults(args, architecture.defaults)
     if args.npn_optimization == SIMULTANEOUS:
         why = f"has no effect with --npn_optimization {SIMULTANEOUS}, where the outer optimizer trains the NPN at --lr"
         _refuse(args, tuple(architecture.inner_defaults), why, f"--npn_optimization {ALTERNATING}")
     else:
-        _fill(args, architecture.inner_defaults)
+        fill_defaults(args, architecture.inner_defaults)
     for flag, least in (("npn_num_protos", 1), ("npn_repetition", 0), ("npn_restart_iter", 0)):
         value = getattr(args, flag)
         if value is not None and value < least:
@@ -173,12 +173,6 @@ def _optimizer_maker(args: Namespace) -> OptimizerMaker | None:
         return None
     optimizer = ARCHITECTURES[args.npn_arch].optimizers[args.npn_optimizer]
     return lambda weights_shape: optimizer(weights_shape, args.npn_lr, args.npn_wd)
-
-
-def _fill(args: Namespace, defaults: Mapping[str, float | str]) -> None:
-    for flag, value in defaults.items():
-        if getattr(args, flag) is None:
-            setattr(args, flag, value)
 
 
 def _refuse(args: Namespace, flags: tuple[str, ...], why: str, alternative: str) -> None:

@@ -11,9 +11,10 @@ from open_clip.loss import ClipLoss
 from torch import Tensor
 
 from neuclip import distributed
+from neuclip.normalizers import add_log_eps
 from neuclip.objectives.base import Objective, Output, RunShape
 from neuclip.objectives.global_flags import TITLE, add_global_arguments, check_mini_batch_args, learns_one_temperature
-from neuclip.objectives.reporting import add_log_eps, mini_batch_metrics
+from neuclip.objectives.reporting import mini_batch_metrics
 from neuclip.pairwise import batch_log_means, gather_batch, pairwise_gradient, with_gradients
 
 

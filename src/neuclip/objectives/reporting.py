@@ -57,8 +57,3 @@ def mini_batch_metrics(
     batch = gather_batch(image_features, text_features, chunk_rows)
     log_means = batch_log_means(batch, logit_scale)
     return common_metrics(batch, log_means, log_means, log_means, logit_scale, rho)
-
-
-def add_log_eps(log_means: Tensor, log_eps: float) -> Tensor:
-    """log(ε + g) from log g, elementwise; log_eps may be −inf for ε = 0."""
-    return torch.logaddexp(log_means, log_means.new_full((), log_eps))
