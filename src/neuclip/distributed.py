@@ -55,3 +55,17 @@ def all_gather_features(image_features: Tensor, text_features: Tensor) -> tuple[
     """
     packed = all_gather(torch.stack((image_features, text_features)), dim=1)
     return packed[0], packed[1]
+
+
+def all_reduce_log_sum_exp(log_values: Tensor) -> Tensor:
+    """log Σ_r exp(x_r) of the tensors x_r of all ranks, by one message and exact over a range that float32 has not.
+
+    The sum is formed in float64, so nothing has to be taken off the values first, which would need a message of its own to
+    agree on. On one rank the values themselves.
+
+    Args:
+        log_values: any shape and floating dtype, the same on every rank; between −700 and 700, or −inf.
+    """
+    if not is_distributed():
+        return log_values
+    return all_reduce_sum_(log_values.double().exp_()).log_().to(log_values.dtype)

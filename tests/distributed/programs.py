@@ -137,6 +137,23 @@ def run_all(variants: dict[str, str], checkpoints: dict[str, bytes]) -> dict[str
         "continued": {name: run(variants[name], checkpoint) for name, checkpoint in checkpoints.items()},
         "messages": {name: messages(variants[name]) for name in variants if name.startswith(STATEFUL)},
         "rows_held": build("--fastclip")[0].table.num_local_rows,
+        "prototypes_held": {
+            name: prototypes_held(flags)
+            for name, flags in variants.items()
+            if name.startswith("neuclip") and "mlp" not in name
+        },
+    }
+
+
+def prototypes_held(flags: str) -> dict[str, int]:
+    """Rows on this rank of what the prototypes of NeuCLIP consist of; 0 where there is none or none by row."""
+    normalizer = build(flags)[0].normalizer
+    optimizer = normalizer.optimizer
+    by_row = optimizer is not None and optimizer.accumulator.dim() == 3
+    return {
+        "prototypes": normalizer.prototypes.shape[1],
+        "recent": normalizer.recent.shape[1],
+        "accumulator": optimizer.accumulator.shape[1] if by_row else 0,
     }
 
 
@@ -160,16 +177,18 @@ COLLECTIVES = (
 
 
 @contextmanager
-def recorded_messages() -> Iterator[list[tuple[str, int]]]:
-    """(collective, elements that this rank puts in) of every collective called by its name in torch.distributed."""
-    found: list[tuple[str, int]] = []
+def recorded_messages() -> Iterator[list[tuple[str, int, int]]]:
+    """(collective, elements and bytes that this rank puts in) of every collective called by its name in torch.distributed."""
+    found: list[tuple[str, int, int]] = []
     originals = {name: getattr(dist, name) for name in COLLECTIVES}
 
     def recording(name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             # all_gather_into_tensor(output, input): what a rank puts in is the smaller of the two.
-            found.append((name, min((tensor.numel() for tensor in tensors), default=-1)))
+            smallest = min(tensors, key=Tensor.numel, default=None)
+            sizes = (-1, -1) if smallest is None else (smallest.numel(), smallest.nbytes)
+            found.append((name, *sizes))
             return originals[name](*args, **kwargs)
 
         return call
@@ -183,7 +202,7 @@ def recorded_messages() -> Iterator[list[tuple[str, int]]]:
             setattr(dist, name, original)
 
 
-def messages(flags: str) -> list[list[tuple[str, int]]]:
+def messages(flags: str) -> list[list[tuple[str, int, int]]]:
     """The collectives of the objective's forward and of backward to the features, for each of four steps."""
     objective, model, _ = build(flags)
     objective.report = False
@@ -194,7 +213,7 @@ def messages(flags: str) -> list[list[tuple[str, int]]]:
         with recorded_messages() as found:
             objective(image_features, text_features, logit_scale, logit_bias, keys).loss.backward()
         # Before its first step an objective asks every rank for the size of its share.
-        sizes = [("all_gather_into_tensor", 1)] if step == 0 and dist.is_initialized() and world()[1] > 1 else []
+        sizes = [("all_gather_into_tensor", 1, 8)] if step == 0 and dist.is_initialized() and world()[1] > 1 else []
         assert found[: len(sizes)] == sizes
         steps.append(found[len(sizes) :])
     return steps

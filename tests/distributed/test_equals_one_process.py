@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from neuclip import OBJECTIVES, make_objective
-from neuclip.normalizers import Alternating, MLPNormalizer, NormalizerNetwork, PrototypeNormalizer
+from neuclip.normalizers import (
+    Alternating,
+    MLPNormalizer,
+    NormalizerNetwork,
+    PrototypeNormalizer,
+    UnitRowsAdaGradNorm,
+)
 from neuclip.objectives import RunShape
 from neuclip.objectives.amorlip import AmorLIP
 from neuclip.objectives.neuclip import NeuCLIP
@@ -42,6 +48,11 @@ VARIANTS |= {f"{name}, chunked": f"{flags} --loss-chunk-size 3" for name, flags 
     "neuclip, m<N": f"{NPN} --npn_num_protos 6 --npn_restart_iter 3 --gamma_schedule cosine",
     "neuclip, m=N": f"{NPN} --npn_num_protos 16 --npn_restart_iter 0 --gamma_schedule constant --gamma 0.3",
     "neuclip, m>N": f"{NPN} --npn_num_protos 40 --npn_restart_iter 4 --gamma_decay_epochs 1.5",
+    "neuclip, m odd": f"{NPN} --npn_num_protos 13 --npn_restart_iter 3",
+    "neuclip, m odd, m>N": f"{NPN} --npn_num_protos 35 --npn_restart_iter 4",
+    "neuclip, m<K": f"{NPN} --npn_num_protos 3 --npn_restart_iter 2",
+    "neuclip, adagrad, m<K, chunked": f"{NPN} --npn_num_protos 3 --npn_optimizer adagrad --npn_lr 0.1 --loss-chunk-size 5",
+    "neuclip, simultaneous, m odd": f"{TOGETHER} --npn_num_protos 37 --npn_restart_iter 4",
     "neuclip, printed": f"{NPN} --npn_num_protos 40 --npn_restart_iter 4 --gamma 0",
     "neuclip, gamma 1": f"{NPN} --npn_num_protos 6 --gamma 1",
     "neuclip, no eps": f"{NPN} --npn_num_protos 6 --fastclip_eps 0 --gamma 0.1 --gamma_schedule constant",
@@ -160,18 +171,26 @@ def test_every_registered_objective_is_among_the_variants() -> None:
 NEUCLIP_VARIANTS = [name for name in VARIANTS if name.startswith("neuclip")]
 
 
-def weights_in_use(normalizer: NormalizerNetwork, step: int) -> int:
-    """Numbers that an NPN's gradient consists of in a step."""
-    if isinstance(normalizer, PrototypeNormalizer):
-        return 2 * min(normalizer.num_prototypes, (step + 1) * GLOBAL_BATCH) * EMBED_DIM
-    assert isinstance(normalizer, MLPNormalizer)
-    return sum(tensor.numel() for tensor in normalizer.mlp.state_dict().values())
+def messages_of_a_pass(normalizer: NormalizerNetwork, step: int, local: int, world_size: int) -> dict[str, list[Any]]:
+    """(collective, numbers that a rank puts in) of an NPN: for a prediction, an inner update, and for both together."""
+    if isinstance(normalizer, MLPNormalizer):
+        # Data parallel: all weights' gradient.
+        gradient = ("all_reduce", normalizer.mlp.weights.numel())
+        gathered = ("all_gather_into_tensor", 2 * local)
+        return {"prediction": [gathered], "update": [gradient], "together": [gradient, gathered]}
+    assert isinstance(normalizer, PrototypeNormalizer)
+    # Each rank's part of both means for all N anchors; m and d do not occur.
+    sums = ("all_reduce", 2 * GLOBAL_BATCH)
+    norms = [("all_reduce", 2)] if isinstance(normalizer.optimizer, UnitRowsAdaGradNorm) else []
+    slots = -(-min(normalizer.num_prototypes, (step + 1) * GLOBAL_BATCH) // world_size)
+    rows = ("all_gather_into_tensor", 2 * slots * EMBED_DIM)
+    return {"prediction": [sums], "update": [sums, *norms], "together": [sums, rows]}
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("variant", NEUCLIP_VARIANTS)
 def test_messages_of_a_neuclip_step(variant: str, world_size: int, on_ranks: dict[int, list[dict[str, Any]]]) -> None:
-    """Features cross once, packed; then vectors of length N; and the NPN's gradient, once per inner update or once.
+    """Features once, packed; the batch's own normalizers; the NPN's updates; its prediction, which all ranks have then.
 
     Whatever a rank puts into a collective is counted, on every rank.
     """
@@ -179,19 +198,44 @@ def test_messages_of_a_neuclip_step(variant: str, world_size: int, on_ranks: dic
     objective = make_objective(VARIANTS[variant], shape)
     assert isinstance(objective, NeuCLIP)
     optimization, local = objective.optimization, shape.batch_size
-    updates = optimization.repetitions if isinstance(optimization, Alternating) else 1
-    assert (updates == 1) == ("simultaneous" in variant)
+    assert isinstance(optimization, Alternating) == ("simultaneous" not in variant)
     for result in on_ranks[world_size]:
         for step, found in enumerate(result["messages"][variant]):
-            features = ("all_gather_into_tensor", 2 * local * EMBED_DIM)
-            gradient = ("all_reduce", weights_in_use(objective.normalizer, step))
-            rest = list(found)
-            rest.remove(features)
-            for _ in range(updates):
-                rest.remove(gradient)
-            # The batch's own normalizers and the predicted ones, both modalities of either: four vectors of length N.
-            assert rest == [("all_gather_into_tensor", 2 * local)] * 2
-            assert found[0] == features
+            passes = messages_of_a_pass(objective.normalizer, step, local, world_size)
+            if isinstance(optimization, Alternating):
+                learning = [*passes["update"] * optimization.repetitions, *passes["prediction"]]
+            else:
+                learning = passes["together"]
+            gathered = [("all_gather_into_tensor", 2 * local * width) for width in (EMBED_DIM, 1)]
+            assert [message[:2] for message in found] == [*gathered, *learning]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_bytes_of_an_inner_update(world_size: int, on_ranks: dict[int, list[dict[str, Any]]]) -> None:
+    """2N numbers of eight bytes and the two norms, whatever m and d: here m·d is 240, for the paper's run 2,097,152."""
+    updates = 3
+    for result in on_ranks[world_size]:
+        for found in result["messages"]["neuclip, m>N"]:
+            reduced = [num_bytes for name, _, num_bytes in found if name == "all_reduce"]
+            # The objective is in float64: its norms have eight bytes too.
+            assert sum(reduced) == updates * (2 * GLOBAL_BATCH * 8 + 2 * 8) + 2 * GLOBAL_BATCH * 8
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("variant", [name for name in NEUCLIP_VARIANTS if "mlp" not in name])
+def test_a_prototype_lives_on_one_rank_only(
+    variant: str, world_size: int, on_ranks: dict[int, list[dict[str, Any]]]
+) -> None:
+    """With its optimizer's state and what is remembered for restarts; an outer optimizer needs its parameters everywhere."""
+    rows = [result["prototypes_held"][variant] for result in on_ranks[world_size]]
+    whole = on_ranks[world_size][0]["runs"][variant].state["normalizer.prototypes"].shape[1]
+    for name in ("prototypes", "recent", "accumulator"):
+        held = [found[name] for found in rows]
+        if "simultaneous" in variant or max(held) == 0:
+            assert all(count in (0, whole) for count in held)
+        else:
+            assert sum(held) == whole
+            assert max(held) - min(held) <= 1
 
 
 AMORLIP_VARIANTS = [name for name in VARIANTS if name.startswith("amorlip")]
@@ -209,7 +253,7 @@ def test_messages_of_an_amorlip_step(variant: str, world_size: int, on_ranks: di
         for step, found in enumerate(result["messages"][variant]):
             updates = 0 if step % objective.settings.update_every else objective.settings.updates[0]
             features, normalizers = (("all_gather_into_tensor", 2 * local * width) for width in (EMBED_DIM, 1))
-            assert found == [features, *[gradient] * updates, normalizers]
+            assert [message[:2] for message in found] == [features, *[gradient] * updates, normalizers]
 
 
 FASTCLIP_VARIANTS = [name for name in VARIANTS if name.startswith(("fastclip", "sogclr", "isogclr"))]
@@ -226,7 +270,8 @@ def test_messages_of_a_fastclip_step(variant: str, world_size: int, on_ranks: di
     rows = ("all_reduce", GLOBAL_BATCH * (8 if individual else 2))
     last = [("all_gather_into_tensor", 2 * local)] if individual else []
     for result in on_ranks[world_size]:
-        assert result["messages"][variant] == [[*gathered[:2], rows, gathered[2], *last]] * 4
+        for found in result["messages"][variant]:
+            assert [message[:2] for message in found] == [*gathered[:2], rows, gathered[2], *last]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

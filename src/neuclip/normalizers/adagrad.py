@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neuclip import distributed
+
 
 class InnerOptimizer(nn.Module):
     """Changes a stack of weights in place.
@@ -62,14 +64,20 @@ class AdaGradNorm(InnerOptimizer):
 
     def update_(self, weights: Tensor, gradient: Tensor) -> None:
         gradient = self._decayed(weights, gradient)
-        self.accumulator += gradient.square().flatten(1).sum(dim=1)
+        self.accumulator += self._squared_norms(gradient)
         # A gradient of exactly zero leaves the weights where they are instead of dividing 0 by 0.
         scale = self.lr * self.accumulator.clamp_min(torch.finfo(gradient.dtype).tiny).rsqrt()
         weights.sub_(scale.view(-1, *[1] * (weights.dim() - 1)) * gradient)
 
+    def _squared_norms(self, gradient: Tensor) -> Tensor:
+        """[2], ‖G‖² of each modality."""
+        return gradient.square().flatten(1).sum(dim=1)
+
 
 class UnitRowsAdaGradNorm(AdaGradNorm):
-    """AdaGradNorm on prototypes [2, m, d] whose rows are set back to unit length after each step.
+    """AdaGradNorm on prototypes whose rows are set back to unit length after each step.
+
+    The rows are spread over the ranks, each has its own [2, m/K, d]: ‖G‖² is summed over them by a message of two numbers.
 
     Raises:
         ValueError: weight_decay is not 0: shrinking a row that is set back to unit length does nothing.
@@ -87,9 +95,15 @@ class UnitRowsAdaGradNorm(AdaGradNorm):
         super().update_(weights, gradient)
         weights.copy_(F.normalize(weights, dim=2))
 
+    def _squared_norms(self, gradient: Tensor) -> Tensor:
+        return distributed.all_reduce_sum_(super()._squared_norms(gradient))
+
 
 class AdaGrad(InnerOptimizer):
-    """Coordinate-wise AdaGrad (Duchi, Hazan, Singer 2011) with PyTorch's ε of 1e-10 and L2 weight decay."""
+    """Coordinate-wise AdaGrad (Duchi, Hazan, Singer 2011) with PyTorch's ε of 1e-10 and L2 weight decay.
+
+    What is done to a coordinate depends on it alone, so weights may be replicated or spread over the ranks.
+    """
 
     def _accumulator_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return shape

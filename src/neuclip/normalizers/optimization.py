@@ -16,9 +16,9 @@ class LearningStep:
     """What a network's part of a training step yields.
 
     Attributes:
-        log_normalizers: [2, B], the predicted α of this rank's anchors that the encoders' gradient is taken at.
+        log_normalizers: [2, N], the predicted α of all anchors that the encoders' gradient is taken at, on every rank.
         parameters, gradients: what the outer optimizer is to learn, and the gradient over the global batch for each.
-        metrics: values of the inner objective over this rank's anchors; empty between logging steps.
+        metrics: values of the inner objective over the global batch; empty between logging steps.
     """
 
     log_normalizers: Tensor
@@ -58,12 +58,12 @@ class Alternating(Optimization):
     ) -> LearningStep:
         metrics = {}
         if report:
-            before = network.predict_local(batch, logit_scale)
-            metrics["inner_loss_before"] = _inner_loss(network, batch, before, log_targets, logit_scale)
+            before = network.predict(batch, logit_scale)
+            metrics["inner_loss_before"] = _inner_loss(network, before, log_targets, logit_scale)
         network.fit(batch, log_targets, logit_scale, self.repetitions)
-        after = network.predict_local(batch, logit_scale)
+        after = network.predict(batch, logit_scale)
         if report:
-            metrics["inner_loss_after"] = _inner_loss(network, batch, after, log_targets, logit_scale)
+            metrics["inner_loss_after"] = _inner_loss(network, after, log_targets, logit_scale)
         return LearningStep(after, metrics=metrics)
 
 
@@ -80,13 +80,13 @@ class Simultaneous(Optimization):
         log_normalizers, parameters, gradients = network.differentiate(batch, log_targets, logit_scale)
         metrics = {}
         if report:
-            metrics["inner_loss_before"] = _inner_loss(network, batch, log_normalizers, log_targets, logit_scale)
+            metrics["inner_loss_before"] = _inner_loss(network, log_normalizers, log_targets, logit_scale)
         return LearningStep(log_normalizers, parameters, gradients, metrics)
 
 
 @torch.no_grad()
 def _inner_loss(
-    network: NormalizerNetwork, batch: GlobalBatch, log_normalizers: Tensor, log_targets: Tensor, logit_scale: Tensor
+    network: NormalizerNetwork, log_normalizers: Tensor, log_targets: Tensor, logit_scale: Tensor
 ) -> Tensor:
-    """The inner objective over this rank's anchors, 0-dim; its mean over the ranks is that over the global batch."""
-    return network.inner_objective.value(log_normalizers, log_targets[:, batch.local], 1.0 / logit_scale)
+    """The inner objective over the global batch, 0-dim, the same on every rank."""
+    return network.inner_objective.value(log_normalizers, log_targets, 1.0 / logit_scale)

@@ -2,20 +2,56 @@
 
 α1_i = log( ε + 1/m Σ_j exp((cos(e1_i, W1_j) − s_ii)/τ) )       W1 stands for the texts of the data set
 α2_i = log( ε + 1/m Σ_j exp((cos(e2_i, W2_j) − s_ii)/τ) )       W2 stands for its images
+
+The prototypes are spread over the ranks, with their optimizer's state: a rank compares its own rows of W1 and W2 with all N
+anchors, one message of 2N numbers sums what the ranks found, and the gradient of a rank's rows needs nothing more. No
+gradient and no prototype crosses ranks, and every rank ends with α of all anchors.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from neuclip import distributed, pairwise
+from neuclip.normalizers.inner_loop import InnerLoop
 from neuclip.normalizers.inner_objectives import InnerObjective
-from neuclip.normalizers.network import LocalAnchors, NormalizerNetwork, OptimizerMaker, register_weights
+from neuclip.normalizers.network import NormalizerNetwork, OptimizerMaker, register_weights
+from neuclip.normalizers.row_shards import RowShards, save_whole
 from neuclip.pairwise import GlobalBatch
+
+
+class _Anchors(NamedTuple):
+    """All anchors of a global batch, made ready once for any number of passes.
+
+    features, logits: [2, N, d], e and e/τ, in the number format of the matrix products.
+    own_logits: [N], s_ii/τ. logit_scale: 0-dim, 1/τ. Both in the dtype of the weights.
+    """
+
+    features: Tensor
+    logits: Tensor
+    own_logits: Tensor
+    logit_scale: Tensor
+
+
+class _Comparison(NamedTuple):
+    """Some anchors against this rank's prototypes, with one exp per pair.
+
+    shares: [2, rows, own], exp(logit − the row's largest).
+    log_factor: [2, rows], log of what turns a share into that prototype's part of exp(α), but for −α.
+    """
+
+    shares: Tensor
+    log_factor: Tensor
+
+    @property
+    def log_means(self) -> Tensor:
+        """[2, rows], the log of this rank's part of the mean over all prototypes."""
+        return self.shares.sum(dim=2).log() + self.log_factor
 
 
 class PrototypeNormalizer(NormalizerNetwork):
@@ -25,8 +61,15 @@ class PrototypeNormalizer(NormalizerNetwork):
         num_prototypes: m, per modality.
         dim: d, width of the features.
         eps, inner_objective: see NormalizerNetwork.
-        make_optimizer: the optimizer of weights of shape [2, m, d]; None where an outer optimizer trains them.
+        make_optimizer: the optimizer of this rank's weights [2, m/K, d]; None where an outer optimizer trains them. Then
+            every rank holds all of them, and the work alone is divided.
         batch_size: N, the global batch. When m > N, the features of the last ⌈m/N⌉ batches are remembered for restarts.
+        product_dtype: torch.bfloat16 rounds what goes into the matrix products to bfloat16, and sums in float32.
+        record: whether updates may be recorded as a CUDA graph.
+
+    Attributes:
+        prototypes: [2, rows, d], this rank's rows (all rows for an outer optimizer). Whole in the state dict.
+        active: how many prototypes over all ranks are in use.
 
     Raises:
         ValueError: num_prototypes is not positive.
@@ -43,32 +86,49 @@ class PrototypeNormalizer(NormalizerNetwork):
         inner_objective: InnerObjective,
         make_optimizer: OptimizerMaker | None,
         batch_size: int,
+        product_dtype: torch.dtype | None = None,
+        record: bool = True,
     ) -> None:
         if num_prototypes < 1:
             raise ValueError(f"--npn_num_protos {num_prototypes}: a normalizer needs at least 1 prototype")
-        shape = (2, num_prototypes, dim)
+        self.shards = RowShards.over_ranks(num_prototypes)
+        # An outer optimizer has the same parameters on every rank.
+        self.held = RowShards.undivided(num_prototypes) if make_optimizer is None else self.shards
+        shape = (2, self.held.held, dim)
         super().__init__(eps, inner_objective, make_optimizer(shape) if make_optimizer else None)
         self.num_prototypes = num_prototypes
+        self.product_dtype = product_dtype
+        self.loop = InnerLoop(record)
         # Rows beyond `active` are not in use yet: before the first m samples were seen there is nothing to fill them with.
         register_weights(self, "prototypes", torch.zeros(shape), outer=make_optimizer is None)
         self.active = 0
         # [image features, text features] of the last m samples, newest batch first; empty when every batch alone has m.
-        self.register_buffer("recent", torch.zeros(2, num_prototypes if num_prototypes > batch_size else 0, dim))
+        self.remembers = num_prototypes > batch_size
+        self.register_buffer("recent", torch.zeros(2, self.held.held if self.remembers else 0, dim))
         self.num_recent = 0
+        self._describe_state()
+
+    def _describe_state(self) -> None:
+        remembered = RowShards(self.num_prototypes if self.remembers else 0, self.held.rank, self.held.ranks)
+        shards = {"prototypes": self.held, "recent": remembered}
+        remedies = {"prototypes": "give the --npn_num_protos that it was trained with"}
+        if self.optimizer is not None and self.optimizer.accumulator.dim() == 3:
+            shards["optimizer.accumulator"] = self.held
+        save_whole(self, shards, remedies)
 
     @property
     def filling(self) -> bool:
-        """Whether fewer than m prototypes could be filled at the last restart."""
+        """Whether fewer than m samples were there at the last restart."""
         return self.active < self.num_prototypes
 
     @torch.no_grad()
     def observe(self, batch: GlobalBatch) -> None:
         """Remember the features of a batch for the next restart (only where m > N)."""
-        capacity = self.recent.shape[1]
-        if capacity:
-            features = _with_direction(batch.features.to(self.recent.dtype))
-            self.recent.copy_(torch.cat((features[:, :capacity], self.recent), dim=1)[:, :capacity])
-            self.num_recent = min(self.num_recent + batch.size, capacity)
+        if self.remembers:
+            # N is a multiple of K, so that a sample that moves on by N places stays on its rank.
+            features = _with_direction(self.held.own(batch.features).to(self.recent.dtype))
+            self.recent.copy_(torch.cat((features, self.recent), dim=1)[:, : self.recent.shape[1]])
+            self.num_recent = min(self.num_recent + batch.size, self.num_prototypes)
 
     @torch.no_grad()
     def restart(self, batch: GlobalBatch) -> None:
@@ -76,66 +136,122 @@ class PrototypeNormalizer(NormalizerNetwork):
 
         `observe(batch)` comes first. With m > N and fewer than m samples seen so far, all of them become prototypes.
         """
-        source = self.recent[:, : self.num_recent] if self.recent.shape[1] else _with_direction(batch.features)
-        source = source[:, : self.num_prototypes]
-        self.active = source.shape[1]
-        self.prototypes[:, : self.active].copy_(source.flip(0))
+        if self.remembers:
+            self.active = self.num_recent
+            source = self.recent[:, : self.held.count(self.active)]
+        else:
+            self.active = self.num_prototypes
+            source = _with_direction(self.held.own(batch.features[:, : self.active]))
+        self.prototypes[:, : source.shape[1]].copy_(source.flip(0))
         if self.optimizer is not None:
             self.optimizer.reset()
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return self.prototypes.dtype
+    @torch.no_grad()
+    def fit(self, batch: GlobalBatch, log_targets: Tensor, logit_scale: Tensor, updates: int) -> None:
+        assert self.optimizer is not None, "the weights belong to an outer optimizer"
+        weights, optimizer = self._own_weights(), self.optimizer
+        rows = batch.chunk_rows
 
-    def _weights(self) -> Tensor:
-        return self.prototypes.detach()[:, : self.active]
+        def update(targets: Tensor, *anchors: Tensor) -> None:
+            optimizer.update_(weights, self._differentiate(weights, _Anchors(*anchors), targets, rows)[1])
 
-    def _predict(self, anchors: LocalAnchors) -> Tensor:
-        return self._compare(anchors, F.normalize(self._weights(), dim=2))[2]
+        inputs = (log_targets.to(self.prototypes.dtype), *self._anchors(batch, logit_scale))
+        self.loop.run(update, inputs, (weights, optimizer.accumulator), (self.active, rows), updates)
 
-    def _differentiate(self, weights: Tensor, anchors: LocalAnchors, targets: Tensor) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def predict(self, batch: GlobalBatch, logit_scale: Tensor) -> Tensor:
+        unit = F.normalize(self._own_weights(), dim=2)
+        return self._log_normalizers(self._anchors(batch, logit_scale), unit, batch.chunk_rows)[0].to(
+            batch.features.dtype
+        )
+
+    @torch.no_grad()
+    def differentiate(
+        self, batch: GlobalBatch, log_targets: Tensor, logit_scale: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        anchors, targets = self._anchors(batch, logit_scale), log_targets.to(self.prototypes.dtype)
+        log_normalizers, own = self._differentiate(self._own_weights(), anchors, targets, batch.chunk_rows)
+        gradient = torch.zeros_like(self.prototypes)
+        gradient[:, : self.active] = RowShards.over_ranks(self.active).whole(own)
+        return log_normalizers.to(batch.features.dtype), tuple(self.parameters()), (gradient,)
+
+    def _own_weights(self) -> Tensor:
+        """[2, own, d], this rank's share of the rows in use: a view."""
+        rows = self.prototypes.detach()
+        if self.held is not self.shards:
+            rows = self.shards.own(rows)
+        return rows[:, : self.shards.count(self.active)]
+
+    def _anchors(self, batch: GlobalBatch, logit_scale: Tensor) -> _Anchors:
+        dtype = self.prototypes.dtype
+        features, positive, scale = (x.to(dtype) for x in (batch.features, batch.positive, logit_scale))
+        product = self.product_dtype or dtype
+        return _Anchors(features.to(product), (features * scale).to(product), positive * scale, scale)
+
+    def _differentiate(
+        self, weights: Tensor, anchors: _Anchors, targets: Tensor, chunk_rows: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """α of all anchors [2, N] at `weights` [2, own, d], and the inner objective's gradient in these."""
         length = weights.norm(dim=2, keepdim=True).clamp_min(1e-12)
         unit = weights / length
-        shares, log_factor, log_normalizers = self._compare(anchors, unit)
+        log_normalizers, block = self._log_normalizers(anchors, unit, chunk_rows)
         # dα_i/dcos_ij = p_ij/τ with p_ij = the share of prototype j in exp(α_i)
-        by_log_mean = log_factor.exp() * self._by_log_normalizer(log_normalizers, targets, anchors)
-        by_cosine = shares.mul_((by_log_mean * anchors.logit_scale)[:, :, None])
-        gradient = torch.bmm(by_cosine.transpose(1, 2), anchors.features)
+        scale = anchors.logit_scale
+        slope = scale * self._by_log_normalizer(log_normalizers, targets, scale, anchors.features.shape[1])
+        gradient = torch.zeros_like(unit)
+        for rows in _chunks(anchors, unit, chunk_rows):
+            comparison = block or self._compare(anchors, unit, rows)
+            factor = (comparison.log_factor - log_normalizers[:, rows]).exp() * slope[:, rows]
+            by_cosine = comparison.shares.mul_(factor[:, :, None])
+            gradient += _product(by_cosine.transpose(1, 2).to(anchors.features.dtype), anchors.features[:, rows], unit)
         # A cosine does not change with a prototype's length: only what is tangent to the sphere counts.
         return log_normalizers, (gradient - (gradient * unit).sum(dim=2, keepdim=True) * unit) / length
 
-    def _by_parameter(self, gradient: Tensor) -> tuple[Tensor, ...]:
-        full = torch.zeros_like(self.prototypes)
-        full[:, : self.active] = gradient
-        return (full,)
+    def _log_normalizers(
+        self, anchors: _Anchors, unit: Tensor, chunk_rows: int | None
+    ) -> tuple[Tensor, _Comparison | None]:
+        """α of all anchors [2, N] on every rank (one message), and the pairs they came from where they are one block."""
+        chunks = _chunks(anchors, unit, chunk_rows)
+        log_means = unit.new_full((2, anchors.features.shape[1]), -math.inf)
+        block = None
+        for rows in chunks:
+            block = None  # before the next one is formed
+            block = self._compare(anchors, unit, rows)
+            log_means[:, rows] = block.log_means
+        log_normalizers = self._add_eps(distributed.all_reduce_log_sum_exp(log_means))
+        return log_normalizers, block if len(chunks) == 1 else None
 
-    def _compare(self, anchors: LocalAnchors, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Compare anchors with unit prototypes; one exp per pair, and one [2, B, m_active] block in all.
-
-        Returns:
-            shares [2, B, m_active], exp(logit − the row's largest); the log [2, B] of the factor that turns them into each
-            prototype's part of exp(α); α [2, B].
-        """
-        shares = torch.bmm(anchors.features * anchors.logit_scale, unit.transpose(1, 2))
+    def _compare(self, anchors: _Anchors, unit: Tensor, rows: slice) -> _Comparison:
+        shares = _product(anchors.logits[:, rows], unit.transpose(1, 2).to(anchors.logits.dtype), unit)
         largest = shares.amax(dim=2)
         shares.sub_(largest[:, :, None]).exp_()
-        offset = largest - anchors.positive * anchors.logit_scale - math.log(self.active)
-        log_normalizers = self._add_eps(shares.sum(dim=2).log() + offset)
-        return shares, offset - log_normalizers, log_normalizers
+        return _Comparison(shares, largest - anchors.own_logits[rows] - math.log(self.active))
 
     def get_extra_state(self) -> dict[str, int]:
         return {"active": self.active, "num_recent": self.num_recent}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
         super().set_extra_state(state)
-        self.num_recent = min(self.num_recent, self.recent.shape[1])
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The memory exists only where m > N, and N may change from one start to the next.
-        key = prefix + "recent"
-        if key in state_dict and state_dict[key].shape[1] != self.recent.shape[1]:
-            state_dict[key] = torch.zeros_like(self.recent)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.num_recent = self.num_recent if self.remembers else 0
+
+
+def _chunks(anchors: _Anchors, unit: Tensor, chunk_rows: int | None) -> list[slice]:
+    """Consecutive chunks of anchors, compared with this rank's prototypes one chunk at a time; none without prototypes."""
+    size, own = anchors.features.shape[1], unit.shape[1]
+    if own == 0:
+        return []
+    rows = chunk_rows or max(1, pairwise.MAX_BLOCK_ELEMENTS // own)
+    return [slice(first, min(first + rows, size)) for first in range(0, size, rows)]
+
+
+def _product(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
+    """[2, x, k] @ [2, k, y] in the dtype of `like`. Of bfloat16 numbers products are exact and sums float32."""
+    if a.dtype != torch.bfloat16:
+        return torch.bmm(a, b)
+    if a.is_cuda:
+        return torch.bmm(a, b, out_dtype=torch.float32).to(like.dtype)
+    return torch.bmm(a.float(), b.float()).to(like.dtype)
 
 
 def _with_direction(features: Tensor) -> Tensor:

@@ -122,9 +122,8 @@ class NeuCLIP(Objective):
             if self._restart_is_due():
                 self.normalizer.restart(batch)
             learnt = self.optimization.learn(self.normalizer, batch, log_estimate, logit_scale, self.report)
-            predicted = distributed.all_gather(learnt.log_normalizers, dim=1)
             gamma = 0.0 if self.gamma is None else self.gamma.at(self.epoch, self.step)
-            log_normalizers = log_mix(predicted, log_estimate, gamma)
+            log_normalizers = log_mix(learnt.log_normalizers, log_estimate, gamma)
 
             pairwise = pairwise_gradient(batch, log_normalizers, logit_scale)
             own = log_normalizers[:, batch.local]
@@ -136,7 +135,7 @@ class NeuCLIP(Objective):
             return Output(loss)
         with torch.no_grad():
             # The NPN's own prediction is reported, before the batch's estimate is mixed in.
-            estimate, alpha = log_estimate[:, batch.local], learnt.log_normalizers
+            estimate, alpha = (x[:, batch.local] for x in (log_estimate, learnt.log_normalizers))
             metrics = common_metrics(batch, log_means, estimate, alpha, logit_scale, self.rho)
             metrics["gamma"] = logit_scale.new_full((), gamma)
             return Output(loss, metrics | learnt.metrics)

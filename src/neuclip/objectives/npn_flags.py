@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from argparse import Namespace, _ArgumentGroup
+from argparse import BooleanOptionalAction, Namespace, _ArgumentGroup
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+import torch
 
 from neuclip.normalizers import (
     INNER_OBJECTIVES,
@@ -24,6 +26,7 @@ from neuclip.objectives.base import RunShape
 from neuclip.objectives.global_flags import check_range, fill_defaults
 
 ALTERNATING, SIMULTANEOUS = "alternating", "simultaneous"
+PRODUCTS = {"fp32": None, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Architecture:
     """
 
     optimizers: Mapping[str, type[InnerOptimizer]]
-    defaults: Mapping[str, float]
+    defaults: Mapping[str, float | str]
     inner_defaults: Mapping[str, float | str]
     meaningless: tuple[str, ...]
     build: Callable[[Namespace, RunShape], NormalizerNetwork]
@@ -53,6 +56,8 @@ def _build_prototypes(args: Namespace, shape: RunShape) -> NormalizerNetwork:
         INNER_OBJECTIVES[args.npn_objective](),
         _optimizer_maker(args),
         shape.global_batch_size,
+        PRODUCTS[args.npn_precision],
+        args.npn_cuda_graph,
     )
 
 
@@ -69,7 +74,7 @@ def _build_mlp(args: Namespace, shape: RunShape) -> NormalizerNetwork:
 ARCHITECTURES = {
     "prototypes": Architecture(
         optimizers={"adagrad_norm": UnitRowsAdaGradNorm, "adagrad": AdaGrad},
-        defaults={"npn_num_protos": 4096, "npn_restart_iter": 500},
+        defaults={"npn_num_protos": 4096, "npn_restart_iter": 500, "npn_precision": "fp32"},
         inner_defaults={"npn_lr": 1.0, "npn_optimizer": "adagrad_norm", "npn_repetition": 10},
         meaningless=(),
         build=_build_prototypes,
@@ -79,7 +84,7 @@ ARCHITECTURES = {
         optimizers={"adagrad_norm": AdaGradNorm, "adagrad": AdaGrad},
         defaults={"npn_restart_iter": 0},
         inner_defaults={"npn_lr": 0.01, "npn_optimizer": "adagrad", "npn_repetition": 10},
-        meaningless=("npn_num_protos",),
+        meaningless=("npn_num_protos", "npn_precision"),
         build=_build_mlp,
     ),
 }
@@ -128,6 +133,17 @@ def add_npn_arguments(group: _ArgumentGroup) -> None:
         choices=("adagrad_norm", "adagrad"),
         help="adagrad_norm: one step size per modality, prototypes of unit length (their default); adagrad: one step size "
         "per weight (the default of mlp)",
+    )
+    group.add_argument(
+        "--npn_precision",
+        choices=tuple(PRODUCTS),
+        help="matrix products of the prototypes: fp32 (unless given), or bf16 with sums in float32, for tensor cores",
+    )
+    group.add_argument(
+        "--npn_cuda_graph",
+        action=BooleanOptionalAction,
+        default=True,
+        help="on GPUs, record an update of the prototypes as a CUDA graph and replay it",
     )
 
 
