@@ -28,30 +28,25 @@ from neuclip.pairwise import GlobalBatch
 class _Anchors(NamedTuple):
     """All anchors of a global batch, made ready once for any number of passes.
 
-    features, logits: [2, N, d], e and e/τ, in the number format of the matrix products.
+    features, scaled: [2, N, d], e and e/τ, in the number format of the matrix products.
     own_logits: [N], s_ii/τ. logit_scale: 0-dim, 1/τ. Both in the dtype of the weights.
     """
 
     features: Tensor
-    logits: Tensor
+    scaled: Tensor
     own_logits: Tensor
     logit_scale: Tensor
 
 
 class _Comparison(NamedTuple):
-    """Some anchors against this rank's prototypes, with one exp per pair.
+    """Some anchors against this rank's prototypes.
 
-    shares: [2, rows, own], exp(logit − the row's largest).
-    log_factor: [2, rows], log of what turns a share into that prototype's part of exp(α), but for −α.
+    shares: [2, rows, own], of each prototype in the sum over this rank's.
+    log_means: [2, rows], the log of this rank's part of the mean over all prototypes.
     """
 
     shares: Tensor
-    log_factor: Tensor
-
-    @property
-    def log_means(self) -> Tensor:
-        """[2, rows], the log of this rank's part of the mean over all prototypes."""
-        return self.shares.sum(dim=2).log() + self.log_factor
+    log_means: Tensor
 
 
 class PrototypeNormalizer(NormalizerNetwork):
@@ -200,10 +195,11 @@ class PrototypeNormalizer(NormalizerNetwork):
         slope = scale * self._by_log_normalizer(log_normalizers, targets, scale, anchors.features.shape[1])
         gradient = torch.zeros_like(unit)
         for rows in _chunks(anchors, unit, chunk_rows):
-            comparison = block or self._compare(anchors, unit, rows)
-            factor = (comparison.log_factor - log_normalizers[:, rows]).exp() * slope[:, rows]
-            by_cosine = comparison.shares.mul_(factor[:, :, None])
-            gradient += _product(by_cosine.transpose(1, 2).to(anchors.features.dtype), anchors.features[:, rows], unit)
+            shares, log_means = block or self._compare(anchors, unit, rows)
+            by_share = (log_means - log_normalizers[:, rows]).exp() * slope[:, rows]
+            by_cosine = torch.empty_like(shares, dtype=anchors.features.dtype)
+            torch.mul(shares, by_share[:, :, None], out=by_cosine)
+            gradient += _product(by_cosine.transpose(1, 2), anchors.features[:, rows], unit)
         # A cosine does not change with a prototype's length: only what is tangent to the sphere counts.
         return log_normalizers, (gradient - (gradient * unit).sum(dim=2, keepdim=True) * unit) / length
 
@@ -222,10 +218,12 @@ class PrototypeNormalizer(NormalizerNetwork):
         return log_normalizers, block if len(chunks) == 1 else None
 
     def _compare(self, anchors: _Anchors, unit: Tensor, rows: slice) -> _Comparison:
-        shares = _product(anchors.logits[:, rows], unit.transpose(1, 2).to(anchors.logits.dtype), unit)
-        largest = shares.amax(dim=2)
-        shares.sub_(largest[:, :, None]).exp_()
-        return _Comparison(shares, largest - anchors.own_logits[rows] - math.log(self.active))
+        # Few passes over the block: softmax is one, and gives the log of its sum away at the largest element.
+        logits = _product(anchors.scaled[:, rows], unit.transpose(1, 2).to(anchors.scaled.dtype), unit)
+        largest, where = logits.max(dim=2)
+        shares = logits.softmax(dim=2)
+        log_sums = largest - shares.gather(2, where[:, :, None])[:, :, 0].log()
+        return _Comparison(shares, log_sums - anchors.own_logits[rows] - math.log(self.active))
 
     def get_extra_state(self) -> dict[str, int]:
         return {"active": self.active, "num_recent": self.num_recent}
