@@ -2,8 +2,9 @@
 
     PYTHONPATH=src python benchmarks/cost_model.py                      # the table of docs/performance.md
 
-Nothing is measured here. FLOPs and messages are exact: tests count those of the running objective and compare. Times follow
-from the assumptions in `Machine`, which are round numbers for an H100 SXM; parts are added, as if nothing overlapped.
+Nothing is measured here. FLOPs, kernels and messages are exact where all pairs are formed as one block: tests count those of
+the running objective and compare. Times follow from the assumptions in `Machine`, which are round numbers for an H100 SXM;
+parts are added, as if nothing overlapped.
 
 N = K·B samples a step, m prototypes per modality, width d, T_u inner updates, K ranks.
 """
@@ -18,6 +19,7 @@ from dataclasses import dataclass, replace
 from measure import table
 
 FLOAT, DOUBLE = 4, 8  # bytes
+LOSS_KERNELS = 89
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Machine:
         towers: FLOP/s reached by the towers as a whole, 40 % of the peak.
         memory: bytes/s reached (of a peak of 3.35e12).
         bandwidth: bytes/s at which a ring of all ranks moves large messages.
-        latency: seconds of a small message.
+        latency: seconds of a small message, whatever the number of ranks.
+        kernel: seconds that a kernel takes beyond its work, within a CUDA graph or a full queue.
     """
 
     matrix: float = 600e12
@@ -38,6 +41,7 @@ class Machine:
     memory: float = 2.5e12
     bandwidth: float = 350e9
     latency: float = 20e-6
+    kernel: float = 2e-6
 
 
 NVLINK = Machine()
@@ -95,7 +99,7 @@ class Part:
 
     Attributes:
         flops: of matrix products. exact: whether they are float32 products, not those of tensor cores.
-        num_bytes: that have to go through memory. messages: as above.
+        num_bytes: that have to go through memory. messages: as above. kernels: how many operators are launched.
     """
 
     name: str
@@ -103,12 +107,13 @@ class Part:
     exact: bool
     num_bytes: float
     messages: tuple[Message, ...] = ()
+    kernels: int = 0
 
     def seconds(self, machine: Machine, ranks: int) -> float:
         """Without any overlap."""
         rate = machine.towers if self.name == "towers" else machine.float32 if self.exact else machine.matrix
         talking = sum(message.seconds(machine, ranks) for message in self.messages)
-        return self.flops / rate + self.num_bytes / machine.memory + talking
+        return self.flops / rate + self.num_bytes / machine.memory + self.kernels * machine.kernel + talking
 
 
 def pairs(run: Run) -> Part:
@@ -117,7 +122,8 @@ def pairs(run: Run) -> Part:
     # The two blocks are formed twice; about twenty passes of reading or writing over each pair of blocks.
     passes = 2 * 20 * b * n * FLOAT
     messages = (Message("all_gather", 2 * b * d * FLOAT, 1), Message("all_gather", 2 * b * FLOAT, 1))
-    return Part("loss", 12 * b * n * d, True, passes, messages)
+    # Packing for the two messages takes one more each.
+    return Part("loss", 12 * b * n * d, True, passes, messages, LOSS_KERNELS + 2 * (run.ranks > 1))
 
 
 def normalizer(run: Run) -> Part:
@@ -134,7 +140,10 @@ def normalizer(run: Run) -> Part:
     weights = 10 * 2 * rows * d * FLOAT
     messages = (Message("all_reduce", 2 * n * DOUBLE, updates + 1), Message("all_reduce", 2 * FLOAT, updates))
     flops = 8 * n * rows * d * updates + 4 * n * rows * d
-    return Part("NPN", flops, not bf16, updates * (per_update + weights) + prediction, messages)
+    # A sum over ranks needs four small ones: to float64, exp, log, and back. m > N: features are remembered.
+    kernels = 16 + 7 * bf16 + updates * (36 + 5 * bf16) + 4 * (updates + 1) * (run.ranks > 1)
+    kernels += 11 * (run.prototypes > n)
+    return Part("NPN", flops, not bf16, updates * (per_update + weights) + prediction, messages, kernels)
 
 
 def data_parallel_normalizer(run: Run) -> Part:

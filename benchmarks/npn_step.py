@@ -4,7 +4,7 @@
     PYTHONPATH=src python benchmarks/npn_step.py --batch 4096 --prototypes 4096 --dim 512 --one-of 8     # a GPU of 8, alone
 
 Features are random unit vectors whose pairs resemble each other. `update` is a T_u-th of all updates, which run as they do in
-training: on GPUs as a recorded CUDA graph (the first step, which is not recorded, belongs to the warm-up). With several ranks
+training: on GPUs as a recorded CUDA graph (the first two steps, in which that is made, are warm-up). With several ranks
 times contain the messages. `--one-of K` runs one of K ranks alone, m/K prototypes against all N anchors,
 without messages. TFLOP/s count the matrix products only, 8·N·m·d an update and 4·N·m·d the prediction over all ranks.
 
@@ -136,6 +136,8 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
     add("--flags", default="", help="further flags: --flags='--npn_optimizer adagrad'")
     args = parser.parse_args(argv)
     args.precisions = args.precisions.split(",") if args.precisions else [None]
+    if args.warmup < 2:
+        parser.error("--warmup must be 2 or more: the second step records the first one's work")
     if args.one_of > 1 and args.ranks > 1:
         parser.error("--one-of goes with one rank: drop --ranks")
     if args.prototypes % args.one_of or args.batch % args.ranks:

@@ -137,6 +137,7 @@ def test_methods_need_little() -> None:
         "enum",
         "logging",
         "math",
+        "operator",
         "shlex",
         "typing",
         "weakref",

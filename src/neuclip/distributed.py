@@ -68,4 +68,12 @@ def all_reduce_log_sum_exp(log_values: Tensor) -> Tensor:
     """
     if not is_distributed():
         return log_values
-    return all_reduce_sum_(log_values.double().exp_()).log_().to(log_values.dtype)
+    return all_reduce_sum_(log_values.double().exp()).log_().to(log_values.dtype)
+
+
+def all_agree(agrees: bool, device: torch.device) -> bool:
+    """Whether all ranks agree. Waits for the device: not for every step."""
+    if not is_distributed():
+        return agrees
+    votes = torch.tensor([0.0 if agrees else 1.0], device=device)
+    return all_reduce_sum_(votes).item() == 0.0

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from neuclip.normalizers import release_recordings
 from training.errors import UserError
 
 T = TypeVar("T")
@@ -141,7 +142,8 @@ def connect(device: str, backend: str | None, url: str, timeout_seconds: int) ->
 
 
 def disconnect() -> None:
-    """Leave the process group."""
+    """Leave the process group. Recorded CUDA graphs are forgotten: NCCL would wait for the last one that talks to it."""
+    release_recordings()
     if dist.is_initialized():
         dist.destroy_process_group()
 

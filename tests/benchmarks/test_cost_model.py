@@ -1,15 +1,17 @@
-"""The cost model counts what the running objective does: FLOPs of its matrix products and every message."""
+"""The cost model counts what the running objective does: FLOPs of its matrix products, kernels and every message."""
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,41 +27,57 @@ from ranks import run_on_ranks  # noqa: E402
 SIZES = [(12, 8, 16, 3), (4, 24, 40, 2)]  # B, m, d, T_u; a restart fills all m from one batch on two ranks
 
 
-def count(batch: int, prototypes: int, dim: int, updates: int) -> tuple[int, dict[str, dict[int, int]]]:
-    """FLOPs and messages, by kind and bytes, of this rank's part of one step."""
+class Kernels(TorchDispatchMode):
+    """Counts operators that do something: no views, no bare allocations, no collectives (c10d)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        nothing = func.is_view or name.startswith(("empty", "new_empty", "detach", "alias"))
+        self.count += not (nothing or func.namespace == "c10d")
+        return func(*args, **(kwargs or {}))
+
+
+def count(
+    batch: int, prototypes: int, dim: int, updates: int, precision: str
+) -> tuple[int, int, dict[str, dict[int, int]]]:
+    """FLOPs, kernels and messages, by kind and bytes, of this rank's part of one step without a restart."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    flags = f"--objective neuclip --npn_num_protos {prototypes} --npn_repetition {updates}"
+    flags = f"--objective neuclip --npn_num_protos {prototypes} --npn_repetition {updates} "
+    flags += f"--npn_precision {precision}"
     objective = make_objective(flags, RunShape(dim, batch, ranks, 10, 2))
     objective.report = False
     generator = torch.Generator().manual_seed(0)
     steps = max(1, -(-prototypes // (batch * ranks)))
-    for _ in range(steps):
+    for _ in range(steps + 1):
         images, texts = F.normalize(torch.randn(2, batch, dim, generator=generator), dim=2).requires_grad_()
-        with FlopCounterMode(display=False) as flops, recorded_messages() as found:
-            objective(images, texts, torch.tensor(14.0)).loss.backward()
+        with Kernels() as kernels, FlopCounterMode(display=False) as flops, recorded_messages() as found:
+            objective(images, texts, torch.tensor(14.0))
     kinds: dict[str, Counter[int]] = {"all_gather": Counter(), "all_reduce": Counter()}
     for name, _, num_bytes in found:
         kinds[name.removesuffix("_into_tensor")][num_bytes] += 1
-    # Before its first step an objective asks for the sizes of the shares.
-    if steps == 1 and ranks > 1:
-        kinds["all_gather"][8] -= 1
-    return flops.get_total_flops(), {kind: dict(+counts) for kind, counts in kinds.items()}
+    return flops.get_total_flops(), kernels.count, {kind: dict(+counts) for kind, counts in kinds.items()}
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(("batch", "prototypes", "dim", "updates"), SIZES)
-def test_flops_and_messages_are_those_of_a_step(
-    ranks: int, batch: int, prototypes: int, dim: int, updates: int
+def test_flops_kernels_and_messages_are_those_of_a_step(
+    ranks: int, precision: str, batch: int, prototypes: int, dim: int, updates: int
 ) -> None:
-    sizes = (batch, prototypes, dim, updates)
+    sizes = (batch, prototypes, dim, updates, precision)
     results = [count(*sizes)] if ranks == 1 else run_on_ranks(count, ranks, *sizes)
-    run = cost_model.Run(ranks, batch, prototypes, dim, updates)
+    run = cost_model.Run(ranks, batch, prototypes, dim, updates, precision)
     parts = (cost_model.pairs(run), cost_model.normalizer(run))
     expected: dict[str, Counter[int]] = {"all_gather": Counter(), "all_reduce": Counter()}
     for part in parts:
         for message in part.messages:
             expected[message.kind][message.num_bytes] += message.times
-    for flops, messages in results:
+    for flops, kernels, messages in results:
+        assert kernels == sum(part.kernels for part in parts)
         assert flops == sum(part.flops for part in parts)
         assert messages == ({"all_gather": {}, "all_reduce": {}} if ranks == 1 else expected)
 

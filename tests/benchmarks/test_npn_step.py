@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = "--device cpu --batch 32 --prototypes 16 --dim 8 --updates 2 --repeats 3 --warmup 1"
+TINY = "--device cpu --batch 32 --prototypes 16 --dim 8 --updates 2 --repeats 3 --warmup 2"
 
 
 def run(line: str, folder: Path) -> tuple[dict[str, Any], str]:

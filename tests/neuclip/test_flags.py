@@ -289,6 +289,8 @@ def test_simultaneous_leaves_the_network_to_the_outer_optimizer(arch: str, resta
             "--npn_optimization simultaneous --npn_arch mlp --npn_optimizer adagrad",
             ("--npn_optimizer adagrad", "simultaneous", "--npn_optimization alternating"),
         ),
+        ("--npn_arch mlp --npn_compile", ("--npn_compile", "--npn_arch mlp", "leave it out")),
+        ("--npn_optimization simultaneous --npn_compile", ("--npn_compile", "simultaneous", "leave it out")),
         ("--npn_arch mlp --npn_wd -1", ("--npn_wd -1.0", "at least 0")),
         ("--npn_optimization simultaneous --npn_wd nan", ("--npn_wd nan", "at least 0")),
         ("--npn_arch mlp --npn_optimizer adagrad_norm --npn_lr 0", ("--npn_lr 0.0", "greater than 0")),

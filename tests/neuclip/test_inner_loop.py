@@ -6,6 +6,7 @@ those: whatever the host decided while recording, a number or an address, is fro
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from neuclip import RunShape, make_objective
+from neuclip.normalizers import release_recordings
 from neuclip.normalizers.inner_loop import InnerLoop, Program
 from neuclip.objectives.neuclip import NeuCLIP
 
@@ -165,6 +167,47 @@ def test_other_constants_make_another_recording() -> None:
         for _ in range(runs):
             loop.run(lambda x, f=factor: total.add_(f * x), (torch.ones(1),), (total,), factor, times=1)
     assert float(total) == 3 * 2.0 + 3 * 5.0
+
+
+def test_a_recording_that_fails_half_way_leaves_no_trace(features: FeatureMaker) -> None:
+    """What the program did until then was recorded and not done."""
+
+    class HalfWay(Recorder):
+        def __call__(self, program: Program) -> Program:
+            super().__call__(program)
+            raise RuntimeError("out of memory")
+
+    plain, refused = make("--npn_num_protos 5", None), make("--npn_num_protos 5", HalfWay())
+    for expected, value in zip(train(plain, features, range(4)), train(refused, features, range(4)), strict=True):
+        assert torch.equal(value, expected)
+    assert not refused.normalizer.loop.enabled
+
+
+def test_released_recordings_are_made_anew(features: FeatureMaker) -> None:
+    recorder = Recorder()
+    plain, recorded = make("--npn_num_protos 5", None), make("--npn_num_protos 5", recorder)
+    found = train(recorded, features, range(3))
+    release_recordings()
+    assert recorded.normalizer.loop._recording is None
+    assert recorded.normalizer.loop._static == ()
+    found += train(recorded, features, range(3, 6))
+    for expected, value in zip(train(plain, features, range(6)), found, strict=True):
+        assert torch.equal(value, expected)
+    assert recorder.recorded == 2
+
+
+def test_a_copy_begins_without_a_recording(features: FeatureMaker) -> None:
+    """A CUDA graph can be neither copied nor pickled, and it writes to the original."""
+    recorder = Recorder()
+    original = make("--npn_num_protos 5", recorder)
+    train(original, features, range(3))
+    original.normalizer.loop.recorder = None  # not to be copied along with what it counts
+    other = copy.deepcopy(original)
+    other.normalizer.loop.enabled = False
+    for expected, value in zip(train(other, features, range(3, 5)), train(original, features, range(3, 5))):
+        assert torch.equal(value, expected)
+    assert other.normalizer.loop._recording is None
+    assert recorder.recorded == 1
 
 
 def test_the_switch() -> None:

@@ -205,6 +205,35 @@ def test_another_number_of_prototypes_is_refused(features: FeatureMaker) -> None
         make("--objective neuclip --npn_num_protos 21").load_state_dict(through_a_file(original.state_dict()))
 
 
+def test_another_number_of_prototypes_changes_nothing_and_has_a_remedy(features: FeatureMaker) -> None:
+    ours = make("--objective neuclip --npn_num_protos 6")
+    train(ours, range(2), features)
+    before = through_a_file(ours.state_dict())
+    theirs = make("--objective neuclip --npn_num_protos 7")
+    with pytest.raises(RuntimeError, match="it has 7 prototypes, not 6: give the --npn_num_protos") as caught:
+        ours.load_state_dict(through_a_file(theirs.state_dict()))
+    assert "Missing" not in str(caught.value)
+    assert torch.equal(ours.state_dict()["normalizer.prototypes"], before["normalizer.prototypes"])
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("adagrad", "adagrad_norm"), ("adagrad_norm", "adagrad")])
+def test_the_state_of_another_inner_optimizer_is_refused(ours: str, theirs: str) -> None:
+    saved = through_a_file(make(f"--objective neuclip --npn_num_protos 6 --npn_optimizer {theirs}").state_dict())
+    with pytest.raises(RuntimeError, match="accumulator"):
+        make(f"--objective neuclip --npn_num_protos 6 --npn_optimizer {ours}").load_state_dict(saved)
+
+
+def test_a_first_batch_smaller_than_announced_fills_what_it_can(features: FeatureMaker) -> None:
+    objective = make("--objective neuclip --npn_num_protos 20 --npn_repetition 0 --gamma 0", 32)
+    assert isinstance(objective, NeuCLIP)
+    train(objective, range(1), features, 8)
+    assert objective.normalizer.active == 8
+    assert objective.normalizer.filling
+    train(objective, range(1, 2), features, 32)
+    assert objective.normalizer.active == 20
+    assert (objective.normalizer.prototypes.norm(dim=2) > 0.9).all()
+
+
 @pytest.mark.parametrize(("ours", "theirs"), [("mlp", "prototypes"), ("prototypes", "mlp")])
 def test_another_architecture_is_refused(ours: str, theirs: str) -> None:
     saved = through_a_file(make(f"--objective neuclip --npn_arch {theirs}").state_dict())

@@ -4,6 +4,7 @@ from neuclip.normalizers.adagrad import AdaGrad, AdaGradNorm, InnerOptimizer, Un
 from neuclip.normalizers.adam import Adam
 from neuclip.normalizers.amortised import AmortisedNormalizer
 from neuclip.normalizers.divergences import DIVERGENCES, fit_loss
+from neuclip.normalizers.inner_loop import release_recordings
 from neuclip.normalizers.inner_objectives import INNER_OBJECTIVES, InnerObjective, Separate, Unified
 from neuclip.normalizers.mixing import GammaSchedule, add_log_eps, log_mix, log_or_minus_infinity
 from neuclip.normalizers.mlp import ResidualMLPs
@@ -40,4 +41,5 @@ __all__ = [
     "fit_loss",
     "log_mix",
     "log_or_minus_infinity",
+    "release_recordings",
 ]

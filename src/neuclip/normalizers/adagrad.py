@@ -7,7 +7,6 @@ modalities as one stack of shape [2, ...]: prototypes [2, m, d], or all weights 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuclip import distributed
@@ -66,12 +65,12 @@ class AdaGradNorm(InnerOptimizer):
         gradient = self._decayed(weights, gradient)
         self.accumulator += self._squared_norms(gradient)
         # A gradient of exactly zero leaves the weights where they are instead of dividing 0 by 0.
-        scale = self.lr * self.accumulator.clamp_min(torch.finfo(gradient.dtype).tiny).rsqrt()
-        weights.sub_(scale.view(-1, *[1] * (weights.dim() - 1)) * gradient)
+        scale = self.accumulator.clamp_min(torch.finfo(gradient.dtype).tiny).rsqrt_()
+        weights.addcmul_(gradient, scale.view(-1, *[1] * (weights.dim() - 1)), value=-self.lr)
 
     def _squared_norms(self, gradient: Tensor) -> Tensor:
         """[2], ‖G‖² of each modality."""
-        return gradient.square().flatten(1).sum(dim=1)
+        return gradient.flatten(1).norm(dim=1).square_()
 
 
 class UnitRowsAdaGradNorm(AdaGradNorm):
@@ -93,7 +92,7 @@ class UnitRowsAdaGradNorm(AdaGradNorm):
 
     def update_(self, weights: Tensor, gradient: Tensor) -> None:
         super().update_(weights, gradient)
-        weights.copy_(F.normalize(weights, dim=2))
+        weights.div_(weights.norm(dim=2, keepdim=True).clamp_min_(1e-12))
 
     def _squared_norms(self, gradient: Tensor) -> Tensor:
         return distributed.all_reduce_sum_(super()._squared_norms(gradient))

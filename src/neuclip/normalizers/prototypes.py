@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neuclip import distributed, pairwise
+from neuclip.normalizers.adagrad import UnitRowsAdaGradNorm
 from neuclip.normalizers.inner_loop import InnerLoop
 from neuclip.normalizers.inner_objectives import InnerObjective
 from neuclip.normalizers.network import NormalizerNetwork, OptimizerMaker, register_weights
@@ -29,13 +30,14 @@ class _Anchors(NamedTuple):
     """All anchors of a global batch, made ready once for any number of passes.
 
     features, scaled: [2, N, d], e and e/τ, in the number format of the matrix products.
-    own_logits: [N], s_ii/τ. logit_scale: 0-dim, 1/τ. Both in the dtype of the weights.
+    offsets: [N], s_ii/τ + log m; logit_scale: 0-dim, 1/τ; log_eps: 0-dim, log ε. All in the dtype of the weights.
     """
 
     features: Tensor
     scaled: Tensor
-    own_logits: Tensor
+    offsets: Tensor
     logit_scale: Tensor
+    log_eps: Tensor
 
 
 class _Comparison(NamedTuple):
@@ -61,6 +63,7 @@ class PrototypeNormalizer(NormalizerNetwork):
         batch_size: N, the global batch. When m > N, the features of the last ⌈m/N⌉ batches are remembered for restarts.
         product_dtype: torch.bfloat16 rounds what goes into the matrix products to bfloat16, and sums in float32.
         record: whether updates may be recorded as a CUDA graph.
+        compiled: whether updates go through torch.compile, which makes fewer kernels of them.
 
     Attributes:
         prototypes: [2, rows, d], this rank's rows (all rows for an outer optimizer). Whole in the state dict.
@@ -83,6 +86,7 @@ class PrototypeNormalizer(NormalizerNetwork):
         batch_size: int,
         product_dtype: torch.dtype | None = None,
         record: bool = True,
+        compiled: bool = False,
     ) -> None:
         if num_prototypes < 1:
             raise ValueError(f"--npn_num_protos {num_prototypes}: a normalizer needs at least 1 prototype")
@@ -94,6 +98,7 @@ class PrototypeNormalizer(NormalizerNetwork):
         self.num_prototypes = num_prototypes
         self.product_dtype = product_dtype
         self.loop = InnerLoop(record)
+        self.compiled = compiled
         # Rows beyond `active` are not in use yet: before the first m samples were seen there is nothing to fill them with.
         register_weights(self, "prototypes", torch.zeros(shape), outer=make_optimizer is None)
         self.active = 0
@@ -135,9 +140,10 @@ class PrototypeNormalizer(NormalizerNetwork):
             self.active = self.num_recent
             source = self.recent[:, : self.held.count(self.active)]
         else:
-            self.active = self.num_prototypes
+            self.active = min(self.num_prototypes, batch.size)
             source = _with_direction(self.held.own(batch.features[:, : self.active]))
-        self.prototypes[:, : source.shape[1]].copy_(source.flip(0))
+        rows = source.flip(0)
+        self.prototypes[:, : source.shape[1]].copy_(F.normalize(rows, dim=2) if self._has_unit_rows else rows)
         if self.optimizer is not None:
             self.optimizer.reset()
 
@@ -150,12 +156,16 @@ class PrototypeNormalizer(NormalizerNetwork):
         def update(targets: Tensor, *anchors: Tensor) -> None:
             optimizer.update_(weights, self._differentiate(weights, _Anchors(*anchors), targets, rows)[1])
 
+        # While prototypes come in with every batch each step would be compiled anew.
+        program = torch.compile(update, dynamic=False) if self.compiled and not self.filling else update
         inputs = (log_targets.to(self.prototypes.dtype), *self._anchors(batch, logit_scale))
-        self.loop.run(update, inputs, (weights, optimizer.accumulator), (self.active, rows), updates)
+        constants = (self.active, rows, optimizer.lr, optimizer.weight_decay)
+        self.loop.run(program, inputs, (weights, optimizer.accumulator), constants, updates)
 
     @torch.no_grad()
     def predict(self, batch: GlobalBatch, logit_scale: Tensor) -> Tensor:
-        unit = F.normalize(self._own_weights(), dim=2)
+        weights = self._own_weights()
+        unit = weights if self._has_unit_rows else F.normalize(weights, dim=2)
         return self._log_normalizers(self._anchors(batch, logit_scale), unit, batch.chunk_rows)[0].to(
             batch.features.dtype
         )
@@ -177,53 +187,58 @@ class PrototypeNormalizer(NormalizerNetwork):
             rows = self.shards.own(rows)
         return rows[:, : self.shards.count(self.active)]
 
+    @property
+    def _has_unit_rows(self) -> bool:
+        """Whether the optimizer keeps every row at unit length, so that no length has to be looked at."""
+        return isinstance(self.optimizer, UnitRowsAdaGradNorm)
+
     def _anchors(self, batch: GlobalBatch, logit_scale: Tensor) -> _Anchors:
         dtype = self.prototypes.dtype
         features, positive, scale = (x.to(dtype) for x in (batch.features, batch.positive, logit_scale))
         product = self.product_dtype or dtype
-        return _Anchors(features.to(product), (features * scale).to(product), positive * scale, scale)
+        offsets = positive * scale + math.log(self.active)
+        return _Anchors(
+            features.to(product), (features * scale).to(product), offsets, scale, scale.new_full((), self.log_eps)
+        )
 
     def _differentiate(
         self, weights: Tensor, anchors: _Anchors, targets: Tensor, chunk_rows: int | None
     ) -> tuple[Tensor, Tensor]:
         """α of all anchors [2, N] at `weights` [2, own, d], and the inner objective's gradient in these."""
-        length = weights.norm(dim=2, keepdim=True).clamp_min(1e-12)
-        unit = weights / length
+        length = None if self._has_unit_rows else weights.norm(dim=2, keepdim=True).clamp_min(1e-12)
+        unit = weights if length is None else weights / length
         log_normalizers, block = self._log_normalizers(anchors, unit, chunk_rows)
         # dα_i/dcos_ij = p_ij/τ with p_ij = the share of prototype j in exp(α_i)
         scale = anchors.logit_scale
         slope = scale * self._by_log_normalizer(log_normalizers, targets, scale, anchors.features.shape[1])
-        gradient = torch.zeros_like(unit)
+        gradient = None
         for rows in _chunks(anchors, unit, chunk_rows):
-            shares, log_means = block or self._compare(anchors, unit, rows)
+            shares, log_means = block or _compare(anchors, unit, rows)
             by_share = (log_means - log_normalizers[:, rows]).exp() * slope[:, rows]
             by_cosine = torch.empty_like(shares, dtype=anchors.features.dtype)
             torch.mul(shares, by_share[:, :, None], out=by_cosine)
-            gradient += _product(by_cosine.transpose(1, 2), anchors.features[:, rows], unit)
+            part = _product(by_cosine.transpose(1, 2), anchors.features[:, rows], unit)
+            gradient = part if gradient is None else gradient.add_(part)
+        if gradient is None:
+            return log_normalizers, torch.zeros_like(unit)
         # A cosine does not change with a prototype's length: only what is tangent to the sphere counts.
-        return log_normalizers, (gradient - (gradient * unit).sum(dim=2, keepdim=True) * unit) / length
+        tangent = gradient.addcmul_((gradient * unit).sum(dim=2, keepdim=True), unit, value=-1.0)
+        return log_normalizers, tangent if length is None else tangent / length
 
     def _log_normalizers(
         self, anchors: _Anchors, unit: Tensor, chunk_rows: int | None
     ) -> tuple[Tensor, _Comparison | None]:
         """α of all anchors [2, N] on every rank (one message), and the pairs they came from where they are one block."""
         chunks = _chunks(anchors, unit, chunk_rows)
-        log_means = unit.new_full((2, anchors.features.shape[1]), -math.inf)
-        block = None
-        for rows in chunks:
-            block = None  # before the next one is formed
-            block = self._compare(anchors, unit, rows)
-            log_means[:, rows] = block.log_means
-        log_normalizers = self._add_eps(distributed.all_reduce_log_sum_exp(log_means))
-        return log_normalizers, block if len(chunks) == 1 else None
-
-    def _compare(self, anchors: _Anchors, unit: Tensor, rows: slice) -> _Comparison:
-        # Few passes over the block: softmax is one, and gives the log of its sum away at the largest element.
-        logits = _product(anchors.scaled[:, rows], unit.transpose(1, 2).to(anchors.scaled.dtype), unit)
-        largest, where = logits.max(dim=2)
-        shares = logits.softmax(dim=2)
-        log_sums = largest - shares.gather(2, where[:, :, None])[:, :, 0].log()
-        return _Comparison(shares, log_sums - anchors.own_logits[rows] - math.log(self.active))
+        block = _compare(anchors, unit, chunks[0]) if len(chunks) == 1 else None
+        if block is None:
+            log_means = unit.new_full((2, anchors.features.shape[1]), -math.inf)
+            for rows in chunks:
+                log_means[:, rows] = _compare(anchors, unit, rows).log_means
+        else:
+            log_means = block.log_means
+        log_g = distributed.all_reduce_log_sum_exp(log_means)
+        return torch.logaddexp(log_g, anchors.log_eps), block
 
     def get_extra_state(self) -> dict[str, int]:
         return {"active": self.active, "num_recent": self.num_recent}
@@ -232,6 +247,16 @@ class PrototypeNormalizer(NormalizerNetwork):
         super().set_extra_state(state)
         # The memory exists only where m > N, and N may change from one start to the next.
         self.num_recent = self.num_recent if self.remembers else 0
+
+
+def _compare(anchors: _Anchors, unit: Tensor, rows: slice) -> _Comparison:
+    """Some anchors against prototypes [2, own, d] of unit length."""
+    # Few passes over the block: softmax is one, and gives the log of its sum away at the largest element.
+    logits = _product(anchors.scaled[:, rows], unit.transpose(1, 2).to(anchors.scaled.dtype), unit)
+    largest, where = logits.max(dim=2)
+    shares = logits.softmax(dim=2)
+    log_sums = largest - shares.gather(2, where[:, :, None])[:, :, 0].log()
+    return _Comparison(shares, log_sums - anchors.offsets[rows])
 
 
 def _chunks(anchors: _Anchors, unit: Tensor, chunk_rows: int | None) -> list[slice]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -68,23 +69,28 @@ def save_whole(module: nn.Module, shards: dict[str, RowShards], remedies: dict[s
         module: whose buffers, or whose children's buffers, they are.
         shards: by name as in the module's state dict.
         remedies: what to do when a checkpoint has another number of rows, by name; without one the rows are set to 0.
+
+    A stack of no rows is saved as it is, without a message.
     """
 
     def gather(_: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
         for name, rows in shards.items():
-            state_dict[prefix + name] = rows.whole(state_dict[prefix + name])
+            if rows.rows:
+                state_dict[prefix + name] = rows.whole(state_dict[prefix + name])
 
-    def cut(_: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def cut(owner: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         error_messages: list[str] = rest[-1]
         for name, rows in shards.items():
             saved = state_dict.get(prefix + name)
-            if saved is None:
-                continue
-            if saved.shape[1] != rows.rows:
-                if name in remedies:
-                    error_messages.append(f"it has {saved.shape[1]} {name}, not {rows.rows}: {remedies[name]}")
-                saved = saved.new_zeros((saved.shape[0], rows.rows, *saved.shape[2:]))
-            state_dict[prefix + name] = rows.own(saved)
+            if saved is None or saved.dim() < 2:
+                continue  # missing, or of another kind: load_state_dict says so
+            if saved.shape[1] == rows.rows:
+                state_dict[prefix + name] = rows.own(saved)
+            elif name in remedies:
+                error_messages.append(f"it has {saved.shape[1]} {name}, not {rows.rows}: {remedies[name]}")
+                state_dict[prefix + name] = attrgetter(name)(owner).detach()  # as it is
+            else:
+                state_dict[prefix + name] = saved.new_zeros((saved.shape[0], rows.held, *saved.shape[2:]))
 
     module.register_state_dict_post_hook(gather)
     module.register_load_state_dict_pre_hook(cut)

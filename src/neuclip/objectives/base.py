@@ -87,7 +87,7 @@ class Objective(nn.Module):
 
     Parameters with requires_grad are for the outer optimizer, with weight decay `outer_weight_decay`; their gradient is the
     same on every rank when `backward` returns. On several ranks `state_dict` is a collective: all call it, all get the
-    same.
+    same; buffers may differ, so an objective is never wrapped in DistributedDataParallel, which would overwrite them.
     """
 
     name: ClassVar[str]

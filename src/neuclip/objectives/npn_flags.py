@@ -57,7 +57,8 @@ def _build_prototypes(args: Namespace, shape: RunShape) -> NormalizerNetwork:
         _optimizer_maker(args),
         shape.global_batch_size,
         PRODUCTS[args.npn_precision],
-        args.npn_cuda_graph,
+        record=args.npn_cuda_graph,
+        compiled=args.npn_compile,
     )
 
 
@@ -75,7 +76,7 @@ ARCHITECTURES = {
     "prototypes": Architecture(
         optimizers={"adagrad_norm": UnitRowsAdaGradNorm, "adagrad": AdaGrad},
         defaults={"npn_num_protos": 4096, "npn_restart_iter": 500, "npn_precision": "fp32"},
-        inner_defaults={"npn_lr": 1.0, "npn_optimizer": "adagrad_norm", "npn_repetition": 10},
+        inner_defaults={"npn_lr": 1.0, "npn_optimizer": "adagrad_norm", "npn_repetition": 10, "npn_compile": False},
         meaningless=(),
         build=_build_prototypes,
     ),
@@ -84,7 +85,7 @@ ARCHITECTURES = {
         optimizers={"adagrad_norm": AdaGradNorm, "adagrad": AdaGrad},
         defaults={"npn_restart_iter": 0},
         inner_defaults={"npn_lr": 0.01, "npn_optimizer": "adagrad", "npn_repetition": 10},
-        meaningless=("npn_num_protos", "npn_precision"),
+        meaningless=("npn_num_protos", "npn_precision", "npn_compile"),
         build=_build_mlp,
     ),
 }
@@ -144,6 +145,12 @@ def add_npn_arguments(group: _ArgumentGroup) -> None:
         action=BooleanOptionalAction,
         default=True,
         help="on GPUs, record an update of the prototypes as a CUDA graph and replay it",
+    )
+    group.add_argument(
+        "--npn_compile",
+        action="store_true",
+        default=None,
+        help="compile an update of the prototypes (torch.compile), which then is fewer and larger kernels",
     )
 
 
