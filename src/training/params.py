@@ -155,7 +155,7 @@ def _data(parser: ArgumentParser) -> None:
         "--decode",
         choices=DECODING,
         default="fast",
-        help="exact: torchvision's random resized crop bit for bit; fast: large JPEGs decoded at reduced size, PyTorch's resize",
+        help="exact: torchvision's random resized crop to the bit; fast: large JPEGs decoded smaller, resized by PyTorch",
     )
     add(
         "--bench-data",

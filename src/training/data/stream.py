@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, TypeVar
 
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from training.data.config import Batch
 from training.data.pictures import Pictures
@@ -92,7 +92,8 @@ def collate(images: list[torch.Tensor], text: torch.Tensor, keys: list[int | Non
         text: [B, L] integers.
         keys: B of them; the batch has none if any is missing.
     """
-    image = torch.stack(images)
+    # In a worker straight into memory shared with the training process, where torch.stack would add a copy.
+    image = default_collate(images)
     return Batch(
         # Each picture lies in memory as it came, channels last: turning it round is left to the device.
         image=image.permute(0, 3, 1, 2) if image.dtype == torch.uint8 else image,
