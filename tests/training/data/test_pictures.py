@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image, ImageDraw
 from torchvision import transforms
 
 from training.data import Batch, build_train_loader
-from training.data.pictures import Box, Cut, ExactCrops, QuickCrops, WholePictures, make_pictures, take_apart
+from training.data.pictures import Box, CropDraw, Cut, ExactCrops, QuickCrops, WholePictures, make_pictures, take_apart
 from training.data.samples import BrokenSampleError
 from training.pixels import Pixels
 
@@ -176,6 +177,22 @@ def test_fast_decodes_no_more_than_it_needs(shortest: int) -> None:
     assert reductions & expected
     assert reductions <= expected | {times * 2 for times in expected}
     assert max(reductions) * SIZE <= shortest
+
+
+@pytest.mark.parametrize("options", [{"scale": (0.9, 1.0)}, {}, {"scale": (0.01, 0.2), "ratio": (0.2, 0.4)}])
+def test_crops_are_drawn_as_torchvision_draws_them(options: dict) -> None:
+    crop = transforms.RandomResizedCrop(SIZE, **options)
+    draw, in_the_middle = CropDraw(crop), 0
+    for seed, (height, width) in enumerate(product((1, 2, 31, 256, 500), (1, 3, 40, 257, 640, 2000))):
+        for repeat in range(3):
+            torch.manual_seed(100 * seed + repeat)
+            found, following = draw(height, width), torch.rand(())
+            torch.manual_seed(100 * seed + repeat)
+            expected = crop.get_params(torch.empty(3, height, width), crop.scale, crop.ratio)
+            assert tuple(found) == tuple(expected)
+            assert torch.equal(torch.rand(()), following)
+            in_the_middle += found.top == (height - found.height) // 2 and found.left == (width - found.width) // 2
+    assert in_the_middle > 0
 
 
 def test_fast_draws_what_exact_draws() -> None:
