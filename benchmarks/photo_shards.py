@@ -2,7 +2,7 @@
 
 A picture is noise in octaves (large shapes, small texture), a lit gradient, and polygons and discs with sharp edges, saved
 as a JPEG of quality 90 with 4:2:0 chroma. Aspect ratios and bytes are like those of web photographs resized for training:
-about 30 kB where the shortest side has 256 pixels and 110 kB at 512. A caption has 8 to 16 English words, some of them a
+about 31 kB where the shortest side has 256 pixels and 115 kB at 512. A caption has 8 to 16 English words, some of them a
 number, a name or with an apostrophe. All of it is a function of a seed.
 """
 
