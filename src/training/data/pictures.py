@@ -42,7 +42,7 @@ _TORCH_MODES = {InterpolationMode.BICUBIC: "bicubic", InterpolationMode.BILINEAR
 
 
 class Box(NamedTuple):
-    """A crop in pixels of the whole picture."""
+    """A crop, in pixels."""
 
     top: int
     left: int
