@@ -19,6 +19,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.hf_model import HFTextEncoder
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -147,7 +148,8 @@ def build_model(args: Namespace, objective_class: type[Objective], device: torch
     """
     # Every rank draws the same weights.
     torch.manual_seed(args.seed)
-    with _open_clip_explained(args):
+    # open_clip warns that a new model starts at random.
+    with _open_clip_explained(args, logging.INFO if args.pretrained else logging.WARNING):
         model, preprocess_train, preprocess_val = open_clip.create_model_and_transforms(
             args.model,
             args.pretrained or None,
@@ -174,13 +176,15 @@ def build_transforms(args: Namespace) -> tuple[Callable[[Any], Tensor], Callable
     Raises:
         UserError: open_clip cannot build the model; its own reason is repeated.
     """
-    # On the meta device parameters have shapes and no memory; what open_clip asks of the model is its image size.
-    with _open_clip_explained(args), torch.device("meta"):
-        _, preprocess_train, _ = open_clip.create_model_and_transforms(
-            args.model, args.pretrained or None, load_weights=False, device="meta", **_model_options(args)
-        )
-    with _open_clip_explained(args):
-        return preprocess_train, _tokenizer(args)
+    with _open_clip_explained(args, logging.WARNING):
+        # On the meta device parameters have shapes and no memory; what the transform asks of a model is its image size.
+        with torch.device("meta"):
+            model, _, _ = open_clip.create_model_and_transforms(
+                args.model, args.pretrained or None, load_weights=False, device="meta", **_model_options(args)
+            )
+        # Made once more, since transforms may hold tensors of their own.
+        config = PreprocessCfg(**model.visual.preprocess_cfg)
+        return image_transform_v2(config, is_train=True, aug_cfg=args.aug_cfg), _tokenizer(args)
 
 
 def wrap(args: Namespace, towers: TwoTowers, objective: Objective, world: World) -> nn.Module:
@@ -211,11 +215,10 @@ def wrap(args: Namespace, towers: TwoTowers, objective: Objective, world: World)
 
 
 @contextmanager
-def _open_clip_explained(args: Namespace) -> Iterator[None]:
+def _open_clip_explained(args: Namespace, silenced: int) -> Iterator[None]:
     """Silences what open_clip tells of every step of a construction, and makes one line of what it raises."""
-    # It also warns that a new model starts at random.
     if not args.debug:
-        logging.disable(logging.INFO if args.pretrained else logging.WARNING)
+        logging.disable(silenced)
     try:
         yield
     except (RuntimeError, OSError, ValueError, TypeError, KeyError, pickle.UnpicklingError) as error:
