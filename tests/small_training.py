@@ -17,6 +17,7 @@ from training.loop import Training
 from training.model import TwoTowers, wrap
 from training.optim import build_optimizer, parameter_groups
 from training.params import parse_args
+from training.pixels import Pixels
 from training.precision import Precision
 from training.schedules import LearningRates
 
@@ -147,4 +148,5 @@ def make_training(
         rates=LearningRates(optimizer, args, len(batches), towers.model.logit_scale),
         precision=precision,
         reporter=Recorder(),  # type: ignore[arg-type]
+        pixels=Pixels(world.device, precision.input_dtype),
     )

@@ -21,6 +21,7 @@ from training.checkpoint import TrainingState
 from training.data import Batch, TrainLoader
 from training.distributed import World
 from training.errors import OneRankError
+from training.pixels import Pixels
 from training.precision import Precision
 from training.reporting import Reporter, progress_bar, reduce_metrics
 from training.schedules import LearningRates
@@ -32,6 +33,7 @@ class Training:
 
     Attributes:
         state: what is learnt. model: state.towers, compiled and distributed as asked for.
+        pixels: makes of a batch's images what the towers take.
     """
 
     args: Namespace
@@ -42,10 +44,11 @@ class Training:
     rates: LearningRates
     precision: Precision
     reporter: Reporter
+    pixels: Pixels
 
     def encode(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """What a module (`model` or `state.towers`) makes of a batch from host memory, as TwoTowers.forward returns it."""
-        image = batch.image.to(self.world.device, dtype=self.precision.input_dtype, non_blocking=True)
+        image = self.pixels(batch.image)
         text = batch.text.to(self.world.device, non_blocking=True)
         with self.precision.autocast():
             return module(image, text)

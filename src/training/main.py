@@ -18,8 +18,10 @@ import torch.distributed as dist
 from neuclip.objectives import OBJECTIVES, Objective, RunShape, build_objective
 from training import distributed
 from training.atomic_files import write_atomically
+from training.bench_data import bench_data
 from training.checkpoint import TrainingState, newest_checkpoint, read_checkpoint, remove_leftovers
 from training.data import TrainLoader, build_train_loader, check_train_data
+from training.data.pictures import take_apart
 from training.distributed import World
 from training.errors import OneRankError, UserError, reason_of
 from training.evaluate import Evaluator
@@ -27,6 +29,7 @@ from training.loop import Training, train_one_epoch
 from training.model import ModelBundle, build_model, check_model, copy_model_configs, wrap
 from training.optim import build_optimizer, parameter_groups
 from training.params import data_config, parse_args
+from training.pixels import Pixels
 from training.plan import plan_lines
 from training.precision import Precision
 from training.reporting import Reporter, log_to_file, start_logging
@@ -53,7 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         world = distributed.connect(args.device, args.dist_backend, args.dist_url, args.dist_timeout)
         start_logging(world, args.debug)
-        train(args, world)
+        if args.bench_data is None:
+            train(args, world)
+        else:
+            bench_data(args, world)
     except UserError as error:
         # Without a process group this rank may be the only one that knows; with one, all ranks have the same message, or it
         # says that they have not.
@@ -181,7 +187,16 @@ def _assemble(
         rates=LearningRates(optimizer, args, loader.steps_per_epoch, towers.model.logit_scale),
         precision=precision,
         reporter=reporter,
+        pixels=_pixels(bundle, world, precision),
     )
+
+
+def _pixels(bundle: ModelBundle, world: World, precision: Precision) -> Pixels:
+    """The counterpart of what the loader leaves out of the transform."""
+    parts = take_apart(bundle.preprocess_train)
+    if parts is None:
+        return Pixels(world.device, precision.input_dtype)
+    return Pixels(world.device, precision.input_dtype, parts.mean, parts.std)
 
 
 def _checkpoint_to_resume(args: Namespace, folder: RunFolder) -> Path | None:

@@ -9,7 +9,8 @@ import math
 import pickle
 import shutil
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.hf_model import HFTextEncoder
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -146,38 +148,17 @@ def build_model(args: Namespace, objective_class: type[Objective], device: torch
     """
     # Every rank draws the same weights.
     torch.manual_seed(args.seed)
-    # open_clip tells every step of the construction, and warns that a new model starts at random.
-    if not args.debug:
-        logging.disable(logging.INFO if args.pretrained else logging.WARNING)
-    try:
+    # open_clip warns that a new model starts at random.
+    with _open_clip_explained(args, logging.INFO if args.pretrained else logging.WARNING):
         model, preprocess_train, preprocess_val = open_clip.create_model_and_transforms(
             args.model,
             args.pretrained or None,
             precision=args.precision,
             device=device,
-            force_quick_gelu=args.force_quick_gelu,
-            force_custom_text=args.force_custom_text,
-            force_patch_dropout=args.force_patch_dropout,
-            force_image_size=args.force_image_size,
-            force_context_length=args.force_context_length,
-            image_mean=args.image_mean,
-            image_std=args.image_std,
-            image_interpolation=args.image_interpolation,
-            image_resize_mode=args.image_resize_mode,
-            aug_cfg=args.aug_cfg,
             pretrained_image=args.pretrained_image,
-            cache_dir=args.cache_dir,
+            **_model_options(args),
         )
-        tokenizer = open_clip.get_tokenizer(
-            args.model, cache_dir=args.cache_dir, context_length=args.force_context_length
-        )
-    except (RuntimeError, OSError, ValueError, TypeError, KeyError, pickle.UnpicklingError) as error:
-        subject = f"--model {args.model}: open_clip cannot build it"
-        if args.pretrained:
-            subject = f"--pretrained {args.pretrained} does not load into --model {args.model}"
-        raise UserError(f"{subject}: {reason_of(error)}") from error
-    finally:
-        logging.disable(logging.NOTSET)
+        tokenizer = _tokenizer(args)
     towers = TwoTowers(model, objective_class.initial_logit_bias).to(device)
     _set_starting_point(args, objective_class, towers)
     try:
@@ -187,6 +168,23 @@ def build_model(args: Namespace, objective_class: type[Objective], device: torch
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     return ModelBundle(towers, preprocess_train, preprocess_val, tokenizer, _embed_dim(model, tokenizer, device))
+
+
+def build_transforms(args: Namespace) -> tuple[Callable[[Any], Tensor], Callable[[list[str]], Tensor]]:
+    """preprocess_train and tokenizer as `build_model` gives them, without weights: where only the loader is wanted.
+
+    Raises:
+        UserError: open_clip cannot build the model; its own reason is repeated.
+    """
+    with _open_clip_explained(args, logging.WARNING):
+        # On the meta device parameters have shapes and no memory; what the transform asks of a model is its image size.
+        with torch.device("meta"):
+            model, _, _ = open_clip.create_model_and_transforms(
+                args.model, args.pretrained or None, load_weights=False, device="meta", **_model_options(args)
+            )
+        # Made once more, since transforms may hold tensors of their own.
+        config = PreprocessCfg(**model.visual.preprocess_cfg)
+        return image_transform_v2(config, is_train=True, aug_cfg=args.aug_cfg), _tokenizer(args)
 
 
 def wrap(args: Namespace, towers: TwoTowers, objective: Objective, world: World) -> nn.Module:
@@ -214,6 +212,35 @@ def wrap(args: Namespace, towers: TwoTowers, objective: Objective, world: World)
     return DistributedDataParallel(
         towers, device_ids=device_ids, gradient_as_bucket_view=True, static_graph=args.ddp_static_graph
     )
+
+
+@contextmanager
+def _open_clip_explained(args: Namespace, silenced: int) -> Iterator[None]:
+    """Silences what open_clip tells of every step of a construction, and makes one line of what it raises."""
+    if not args.debug:
+        logging.disable(silenced)
+    try:
+        yield
+    except (RuntimeError, OSError, ValueError, TypeError, KeyError, pickle.UnpicklingError) as error:
+        subject = f"--model {args.model}: open_clip cannot build it"
+        if args.pretrained:
+            subject = f"--pretrained {args.pretrained} does not load into --model {args.model}"
+        raise UserError(f"{subject}: {reason_of(error)}") from error
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _model_options(args: Namespace) -> dict[str, Any]:
+    """What open_clip is told of the architecture and the transforms."""
+    names = (
+        *("force_quick_gelu", "force_custom_text", "force_patch_dropout", "force_image_size", "force_context_length"),
+        *("image_mean", "image_std", "image_interpolation", "image_resize_mode", "aug_cfg", "cache_dir"),
+    )
+    return {name: getattr(args, name) for name in names}
+
+
+def _tokenizer(args: Namespace) -> Callable[[list[str]], Tensor]:
+    return open_clip.get_tokenizer(args.model, cache_dir=args.cache_dir, context_length=args.force_context_length)
 
 
 @torch.no_grad()

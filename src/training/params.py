@@ -15,10 +15,11 @@ from typing import Any, NamedTuple, NoReturn
 
 from neuclip.objectives import add_arguments as add_objective_arguments
 from neuclip.objectives import resolve as resolve_objective
-from training.data.config import DataConfig, check_flags
+from training.data.config import DECODING, DataConfig, check_flags
 from training.errors import UserError
 
 PRECISIONS = ("amp_bf16", "amp_bfloat16", "amp", "bf16", "fp16", "pure_bf16", "pure_fp16", "fp32")
+BENCH_STEPS = 100
 OPTIMIZERS = ("adamw", "lamb", "lion", "sgd")
 
 
@@ -102,6 +103,7 @@ def data_config(args: Namespace, needs_keys: bool) -> DataConfig:
         shuffle_buffer=args.shuffle_buffer,
         needs_keys=needs_keys,
         data_size=args.data_size,
+        decode=args.decode,
     )
 
 
@@ -149,6 +151,20 @@ def _data(parser: ArgumentParser) -> None:
     add("--csv-img-key", default="filepath", help="column of image paths")
     add("--csv-caption-key", default="title", help="column of captions")
     add("--workers", type=int, default=4, help="loader processes per rank")
+    add(
+        "--decode",
+        choices=DECODING,
+        default="fast",
+        help="exact: torchvision's random resized crop to the bit; fast: large JPEGs decoded smaller, resized by PyTorch",
+    )
+    add(
+        "--bench-data",
+        type=int,
+        nargs="?",
+        const=BENCH_STEPS,
+        metavar="STEPS",
+        help=f"train nothing: run the loader alone for so many steps ({BENCH_STEPS}) and print where its time goes",
+    )
     add("--shuffle-buffer", type=int, default=5000, help="samples per worker among which the next one is drawn")
 
 
@@ -296,7 +312,7 @@ _RANGES = {
     **dict.fromkeys(("lock_image_unlocked_groups", "lock_text_unlocked_layers"), _NOT_NEGATIVE),
     **dict.fromkeys(("lr", "grad_clip_norm"), _POSITIVE),
     **dict.fromkeys(("beta1", "beta2", "momentum", "force_patch_dropout"), _SHARE),
-    "accum_freq": _COUNT,
+    **dict.fromkeys(("accum_freq", "bench_data"), _COUNT),
     "temperature": _TEMPERATURE,
 }
 

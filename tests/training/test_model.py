@@ -8,10 +8,12 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
 from open_clip import factory
+from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,9 +21,18 @@ from end_to_end.corpus import MODEL_CONFIG
 from neuclip.objectives import OBJECTIVES, Objective
 from ranks import run_on_ranks
 from small_training import CPU, EMBED_DIM, SmallModel, make_args, make_batches
+from training.data.seeds import seeded_augmentation
 from training.distributed import World
 from training.errors import UserError
-from training.model import ModelBundle, TwoTowers, build_model, check_model, copy_model_configs, wrap
+from training.model import (
+    ModelBundle,
+    TwoTowers,
+    build_model,
+    build_transforms,
+    check_model,
+    copy_model_configs,
+    wrap,
+)
 from training.precision import Precision
 
 ALONE = World(0, 1, CPU)
@@ -235,3 +246,33 @@ def test_batch_norm_over_all_ranks_is_left_alone_on_one(tmp_path: Path) -> None:
     towers = TwoTowers(SmallModel())
     assert wrap(make_args("--use-bn-sync"), towers, Objective(), ALONE) is towers
     assert not any(isinstance(module, nn.SyncBatchNorm) for module in towers.modules())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--force-image-size", "48", "--image-mean", "0.1", "0.2", "0.3", "--force-context-length", "9"],
+        ["--aug-cfg", "scale=(0.2, 0.5)", "gray_scale_prob=0.5"],
+        ["--aug-cfg", "use_timm=True", "scale=(0.2, 0.5)", "re_prob=0.9"],
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:Unused augmentation cfg items")
+def test_transforms_without_a_model_are_those_of_the_model(flags: list[str], tmp_path: Path) -> None:
+    bundle, args = _build(tmp_path, "openclip", *flags)
+    preprocess, tokenizer = build_transforms(args)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 50, 3), dtype=np.uint8))
+    found = []
+    for transform in (preprocess, bundle.preprocess_train):
+        with seeded_augmentation(3):
+            found.append(transform(picture))
+    assert torch.equal(*found)
+    assert torch.equal(tokenizer(["a cat"]), bundle.tokenizer(["a cat"]))
+
+
+def test_transforms_of_a_model_that_cannot_be_built(tmp_path: Path) -> None:
+    _, args = _build(tmp_path, "openclip")
+    args.force_image_size = "many"
+    with pytest.raises(UserError, match="--model tiny: open_clip cannot build it"):
+        build_transforms(args)

@@ -383,6 +383,7 @@ def test_data_config_takes_over_every_field() -> None:
         "seed": 11,
         "shuffle_buffer": 13,
         "data_size": 90,
+        "decode": "exact",
     }
     words = [
         part

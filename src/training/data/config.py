@@ -10,6 +10,7 @@ import torch
 
 from training.errors import UserError
 
+DECODING = ("fast", "exact")
 DATASET_TYPES = ("webdataset", "csv", "synthetic", "auto")
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
 TABLE_ENDINGS = (".csv", ".tsv")
@@ -18,7 +19,8 @@ TABLE_ENDINGS = (".csv", ".tsv")
 class Batch(NamedTuple):
     """One rank's batch.
 
-    image: [B, 3, H, W] float32, as the preprocessing leaves it.
+    image: [B, 3, H, W]. uint8 in channels-last order, not yet normalised, where `training.data.pictures` has taken over the
+        ends of the transform; float32, as the transform leaves it, for any other. `training.pixels` takes both.
     text: [B, L] int64 token ids.
     keys: [B] int64, each sample's integer key, or None when a sample of the batch has none.
     """
@@ -42,6 +44,7 @@ class DataConfig:
     shuffle_buffer: samples each worker holds, undecoded, to shuffle among.
     needs_keys: the objective keeps state per sample, so a sample without an integer key is unusable.
     data_size: number of integer keys that such an objective has places for, None for any.
+    decode: "fast" or "exact", how pictures are decoded and resized (see `training.data.pictures`).
     """
 
     train_data: str | None
@@ -59,6 +62,7 @@ class DataConfig:
     shuffle_buffer: int = 5000
     needs_keys: bool = False
     data_size: int | None = None
+    decode: str = "fast"
 
     @property
     def samples_per_step(self) -> int:
@@ -83,6 +87,8 @@ def check_flags(config: DataConfig) -> None:
         )
     if config.dataset_type not in DATASET_TYPES:
         raise UserError(f"--dataset-type is {config.dataset_type!r}: choose one of {', '.join(DATASET_TYPES)}")
+    if config.decode not in DECODING:
+        raise UserError(f"--decode is {config.decode!r}: choose one of {', '.join(DECODING)}")
     kind = resolve_dataset_type(config)
     if config.dataset_resampled and kind != "webdataset":
         raise UserError(f"--dataset-resampled draws tar shards, but the data is {kind}: drop the flag")

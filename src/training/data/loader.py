@@ -14,12 +14,15 @@ import torch
 from torch.utils.data import DataLoader
 
 from training.data.config import Batch, DataConfig, check_flags, parse_factors, resolve_dataset_type
+from training.data.pictures import Preprocess, make_pictures
 from training.data.plan import DealtOrder, DrawnOrder, ExactOrder, Layout, ShardOrder, plan_steps
 from training.data.read import ShardSource
 from training.data.shards import Shard, expand_sources
 from training.data.sizes import SizedShards, find_sizes
-from training.data.stream import BatchDataset, Preprocess, SampleSource, Tokenizer
+from training.data.stages import StageClock
+from training.data.stream import BatchDataset, SampleSource, Tokenizer
 from training.data.tables import SYNTHETIC_STEPS, CsvRows, RowSource, SyntheticRows, read_csv
+from training.data.tokens import quick_tokenizer
 
 T = TypeVar("T")
 PREFETCHED_BATCHES = 2
@@ -79,23 +82,29 @@ def build_train_loader(
     rank: int,
     world_size: int,
     pin_memory: bool,
+    clock: StageClock | None = None,
 ) -> TrainLoader:
     """The loader of one rank. Ranks agree on steps and on who reads what without talking to each other.
 
     Args:
         config: the data flags, the same on every rank.
-        preprocess: RGB PIL picture → [3, H, W] float tensor.
+        preprocess: RGB PIL picture → [3, H, W] float tensor. Of open_clip's own transform for training the parts are used
+            (see `training.data.pictures`), so that batches hold uint8.
         tokenizer: list of B texts → [B, L] integer tensor.
         rank: this rank, from 0.
         world_size: number of ranks.
         pin_memory: copy batches to page-locked memory, for a GPU.
+        clock: measures the stages, in the workers.
 
     Raises:
         UserError: flags that contradict each other or the data.
     """
     source, layout, description = _open(config, world_size)
     buffer = config.shuffle_buffer if isinstance(source, ShardSource) else 0  # Rows are permuted already.
-    dataset = BatchDataset(source, layout, rank, preprocess, tokenizer, buffer, config.needs_keys)
+    pictures = make_pictures(preprocess, config.decode)
+    dataset = BatchDataset(source, layout, rank, pictures, quick_tokenizer(tokenizer), buffer, config.needs_keys)
+    if clock is not None:
+        clock.watch(dataset)
     return TrainLoader(dataset, config.workers, pin_memory, description)
 
 

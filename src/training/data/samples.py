@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 from collections import Counter
@@ -75,22 +74,6 @@ def read_labels(raw: RawSample, needs_keys: bool) -> tuple[str, int | None]:
     if key is None and needs_keys:
         raise BrokenSampleError("no integer key")
     return caption, key
-
-
-def read_image(raw: RawSample) -> Image.Image:
-    """The sample's picture, decoded, in RGB.
-
-    Raises:
-        BrokenSampleError: it cannot be opened or decoded.
-    """
-    if isinstance(raw.image, Image.Image):
-        return raw.image
-    try:
-        with Image.open(io.BytesIO(raw.image) if isinstance(raw.image, bytes) else raw.image) as image:
-            return image.convert("RGB")
-    except Exception as error:
-        # Decoders raise whatever their format suggests (SyntaxError, struct.error, …), for damage alone.
-        raise BrokenSampleError("image cannot be decoded") from error
 
 
 class Tally:

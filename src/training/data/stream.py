@@ -8,16 +8,15 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, TypeVar
 
 import torch
-from PIL import Image
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from training.data.config import Batch
+from training.data.pictures import Pictures
 from training.data.plan import Layout, Place
-from training.data.samples import BrokenSampleError, RawSample, Tally, read_image, read_labels
+from training.data.samples import BrokenSampleError, RawSample, Tally, read_labels
 from training.data.seeds import Purpose, derive_seed, seeded_augmentation
 
 T = TypeVar("T")
-Preprocess = Callable[[Image.Image], torch.Tensor]
 Tokenizer = Callable[[list[str]], torch.Tensor]
 # Samples in the shuffle buffer before the first one leaves it; it grows to its full size from there.
 FIRST_FILL = 1000
@@ -85,6 +84,24 @@ def _next(incoming: Iterator[T]) -> Iterator[T]:
         return
 
 
+def collate(images: list[torch.Tensor], text: torch.Tensor, keys: list[int | None]) -> Batch:
+    """Puts a batch together.
+
+    Args:
+        images: B of [H, W, 3] uint8, or of [3, H, W] float32.
+        text: [B, L] integers.
+        keys: B of them; the batch has none if any is missing.
+    """
+    # In a worker straight into memory shared with the training process, where torch.stack would add a copy.
+    image = default_collate(images)
+    return Batch(
+        # Each picture lies in memory as it came, channels last: turning it round is left to the device.
+        image=image.permute(0, 3, 1, 2) if image.dtype == torch.uint8 else image,
+        text=torch.as_tensor(text).long(),
+        keys=None if None in keys else torch.tensor(keys, dtype=torch.int64),
+    )
+
+
 class BatchDataset(IterableDataset):
     """A rank's whole batches; an iteration is the part of one epoch that this worker process delivers."""
 
@@ -93,18 +110,21 @@ class BatchDataset(IterableDataset):
         source: SampleSource,
         layout: Layout,
         rank: int,
-        preprocess: Preprocess,
+        pictures: Pictures,
         tokenizer: Tokenizer,
         shuffle_buffer: int,
         needs_keys: bool,
     ) -> None:
-        """preprocess: RGB picture → [3, H, W] float; tokenizer: list of B texts → [B, L] integers."""
+        """tokenizer: list of B texts → [B, L] integers."""
         super().__init__()
         self.source = source
         self.layout = layout
         self.rank = rank
-        self.preprocess = preprocess
+        # The stages of a batch. Measuring them means putting a measured function in the place of each.
+        self.decode = pictures.decode
+        self.transform = pictures.transform
         self.tokenizer = tokenizer
+        self.collate = collate
         self.shuffle_buffer = shuffle_buffer
         self.needs_keys = needs_keys
         self.position = Position()
@@ -132,7 +152,7 @@ class BatchDataset(IterableDataset):
                 continue
             # Seeded for each batch and not only for each epoch: a batch can be had without those before it.
             with seeded_augmentation(derive_seed(Purpose.AUGMENTATION, self.layout.seed, *place, index)):
-                batch = self._collect(samples)
+                batch = self.collect(samples)
             yield batch
 
     def _endless(self, place: Place) -> Iterator[RawSample]:
@@ -152,7 +172,8 @@ class BatchDataset(IterableDataset):
                 )
             attempt += 1
 
-    def _collect(self, samples: Iterator[RawSample]) -> Batch:
+    def collect(self, samples: Iterator[RawSample]) -> Batch:
+        """A batch of the next usable samples."""
         images: list[torch.Tensor] = []
         captions: list[str] = []
         keys: list[int | None] = []
@@ -160,20 +181,16 @@ class BatchDataset(IterableDataset):
             raw = next(samples)
             try:
                 caption, key = read_labels(raw, self.needs_keys)
-                image = read_image(raw)
+                decoded = self.decode(raw.image)
             except BrokenSampleError as broken:
                 self.tally.skip(str(broken), raw.name)
                 continue
             # Not guarded: the picture is whole, so an error in here is a mistake in the transforms.
-            images.append(self.preprocess(image))
+            images.append(self.transform(decoded))
             captions.append(caption)
             keys.append(key)
             self.tally.good += 1
-        return Batch(
-            image=torch.stack(images).float(),
-            text=torch.as_tensor(self.tokenizer(captions)).long(),
-            keys=None if None in keys else torch.tensor(keys, dtype=torch.int64),
-        )
+        return self.collate(images, self.tokenizer(captions), keys)
 
     def _pass_over(self, samples: Iterator[RawSample]) -> None:
         """Passes over a batch's samples without decoding them, leaving out those that a batch would leave out."""

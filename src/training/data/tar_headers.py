@@ -28,6 +28,7 @@ _WITHOUT_DATA = (
 )
 # What comes between a long name and the file it names.
 _HEADERS_OF_OTHERS = (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE)
+_PAX_TIMES = re.compile(rb"(?:\d+ [amc]time=[0-9.]+\n)+")
 _PAX_PATH = re.compile(rb"\d+ path=([^\n]*)\n")
 
 
@@ -103,7 +104,7 @@ def _plain_members(stream: BinaryIO, length: int) -> Iterator[str]:
     long_name: str | None = None
     while True:
         header = stream.read(BLOCK)
-        plain = None if long_name else _plain_file(header)
+        plain = None if long_name else plain_file(header)
         if plain is not None and stream.tell() + plain[1] <= length:
             stream.seek(-(-plain[1] // BLOCK) * BLOCK, os.SEEK_CUR)
             yield plain[0]
@@ -133,8 +134,15 @@ def _plain_members(stream: BinaryIO, length: int) -> Iterator[str]:
                 long_name = None
 
 
-def _plain_file(header: bytes) -> tuple[str, int] | None:
-    """(name, size) from the header of a regular file with nothing special; None leaves it to tarfile, 8 times slower."""
+def plain_file(header: bytes) -> tuple[str, int] | None:
+    """What the header of a regular file with nothing special says; None leaves it to tarfile, 8 times slower.
+
+    Args:
+        header: 512 bytes, or fewer at the end of a file.
+
+    Returns:
+        name and size in bytes.
+    """
     if len(header) < BLOCK or header[156:157] not in (tarfile.REGTYPE, tarfile.AREGTYPE) or header[345]:
         return None
     name = header[:100].split(b"\0", 1)[0]
@@ -147,3 +155,17 @@ def _plain_file(header: bytes) -> tuple[str, int] | None:
     if sum(header) - sum(header[148:156]) + 8 * 32 != checksum or name.endswith(b"/"):
         return None
     return name.decode("utf-8", "surrogateescape"), size
+
+
+def only_times(header: bytes, content: bytes) -> bool:
+    """Whether a pax header gives the next member nothing but times, as Python writes it for times with a fraction."""
+    return header[156:157] == tarfile.XHDTYPE and _PAX_TIMES.fullmatch(content.rstrip(b"\0")) is not None
+
+
+def ends_archive(header: bytes) -> bool:
+    """Whether tarfile takes a header between two members for the end of an archive: the mark, nothing, or a damaged one."""
+    try:
+        tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return True
+    return False
