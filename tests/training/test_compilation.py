@@ -109,8 +109,12 @@ def test_a_run_goes_on_bit_for_bit_and_evaluation_compiles_nothing(config: str, 
         # As the evaluator does it: through the model inside, in batches whose last one is smaller.
         with torch.no_grad():
             whole.state.towers.model.eval().encode_image(torch.randn(size, 3, 32, 32))
-    train_one_epoch(whole, 1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        train_one_epoch(whole, 1)
     assert _graphs() == (1, 0)
+    operators = {event.key for event in profile.key_averages()}
+    assert {"aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_log_softmax"} <= operators
+    assert "aten::_softmax" not in operators, "attention within the graph is no longer the fused kernel"
 
     saved = read_checkpoint(tmp_path / "epoch_1.pt")
     assert saved["state_dict"].keys() == _training(_args(config)).state.towers.model.state_dict().keys()
