@@ -54,7 +54,8 @@ class TrainingState:
             "step": self.step,
             "name": name,
             "model": model_name,
-            "state_dict": self.towers.model.state_dict(),
+            # Whatever order in memory the towers compute in, files have the usual one.
+            "state_dict": {key: _contiguous(value) for key, value in self.towers.model.state_dict().items()},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "objective": {"name": self.objective.name, "state_dict": self.objective.state_dict()},
@@ -119,6 +120,10 @@ class TrainingState:
                 self.step,
             )
             self.step = self.objective.step = expected
+
+
+def _contiguous(value: Any) -> Any:
+    return value.contiguous() if isinstance(value, torch.Tensor) else value
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

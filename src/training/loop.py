@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from neuclip.objectives import Output
+from training import garbage
 from training.accumulation import backward_in_micro_batches
 from training.checkpoint import TrainingState
 from training.data import Batch, TrainLoader
@@ -23,6 +24,7 @@ from training.distributed import World
 from training.errors import OneRankError
 from training.pixels import Pixels
 from training.precision import Precision
+from training.prefetch import Prefetcher, mover_for
 from training.reporting import Reporter, progress_bar, reduce_metrics
 from training.schedules import LearningRates
 
@@ -47,29 +49,40 @@ class Training:
     pixels: Pixels
 
     def encode(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """What a module (`model` or `state.towers`) makes of a batch from host memory, as TwoTowers.forward returns it."""
+        """What a module (`model` or `state.towers`) makes of a batch, wherever it is, as TwoTowers.forward returns it."""
         image = self.pixels(batch.image)
         text = batch.text.to(self.world.device, non_blocking=True)
         with self.precision.autocast():
             return module(image, text)
 
-    def keys_of(self, batch: Batch) -> Tensor | None:
-        """[B] int64 on the device, where the batch has keys.
+    def check_keys(self, batch: Batch) -> None:
+        """Check the keys of a batch that is still in host memory; on the device, looking at them would wait for it.
 
         Raises:
             OneRankError: the objective has no place for one of them.
         """
         if batch.keys is None:
-            return None
+            return
         try:
             self.state.objective.check_keys(batch.keys)
         except ValueError as error:
             raise OneRankError(str(error)) from None
-        return batch.keys.to(self.world.device, non_blocking=True)
+
+    def keys_of(self, batch: Batch) -> Tensor | None:
+        """[B] int64 on the device, where the batch has keys."""
+        return None if batch.keys is None else batch.keys.to(self.world.device, non_blocking=True)
+
+    def batches(self, on_host: Iterator[Batch]) -> Prefetcher:
+        """The same batches with their keys checked, on the device already where that is a GPU and a batch fits."""
+        return Prefetcher(on_host, self.check_keys, mover_for(self.world.device, self.args.accum_freq))
 
 
 class Interval:
-    """Wall-clock accounting between two log lines: all time, and the part spent waiting for data."""
+    """Wall-clock accounting between two log lines: all time, and the part that the host spent waiting for data.
+
+    Attributes:
+        steps: steps taken; the loop counts them.
+    """
 
     def __init__(self) -> None:
         self.restart()
@@ -81,14 +94,13 @@ class Interval:
         self.steps = 0
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches, with the time that each took to arrive."""
+        """The same batches; the time that each took to arrive is added up."""
         while True:
             asked = time.perf_counter()
             batch = next(batches, None)
             self.waited += time.perf_counter() - asked
             if batch is None:
                 return
-            self.steps += 1
             yield batch
 
     def seconds_per_step(self) -> float:
@@ -110,23 +122,31 @@ def train_one_epoch(training: Training, epoch: int) -> None:
     interval = Interval()
     bar = progress_bar(training.world, steps, f"epoch {epoch + 1}/{args.epochs}")
     with bar, _profiler(args, training.world, epoch, steps) as profiler:
-        for index, batch in enumerate(interval.timed(training.loader.epoch(epoch))):
+        batches = training.batches(interval.timed(training.loader.epoch(epoch)))
+        for index, batch in enumerate(batches):
             is_logged = index == 0 or (index + 1) % args.log_every_n_steps == 0 or index + 1 == steps
             state.objective.report = is_logged
             training.rates.set(state.step)
             state.objective.temperature_lr = training.rates.temperature(state.step)
             output = training_step(training, batch)
+            # Before anything below waits for the device: the next batch arrives while it works.
+            batches.fetch()
             state.step += 1
+            interval.steps += 1
             bar.update()
             if profiler is not None:
                 profiler.step()
             if is_logged:
                 _log(training, epoch, index, output, interval, bar)
+                if index == 0:
+                    # Here, and not before, there is everything that stays: optimizer state, workspaces, what the first step
+                    # imported or compiled.
+                    garbage.freeze_once()
                 interval.restart()
 
 
 def training_step(training: Training, batch: Batch) -> Output:
-    """Forward, objective, backward, clip, optimizer, clamp: one update. With adamw nothing here waits for the device."""
+    """Forward, objective, backward, clip, optimizer, clamp: one update. With adamw and sgd nothing waits for the device."""
     state = training.state
     if training.args.accum_freq > 1:
         output = backward_in_micro_batches(training, batch)

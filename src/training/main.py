@@ -15,26 +15,22 @@ if not __package__:
 
 import torch.distributed as dist
 
-from neuclip.objectives import OBJECTIVES, Objective, RunShape, build_objective
-from training import distributed
+from neuclip.objectives import OBJECTIVES
+from training import distributed, garbage
+from training.assembly import assemble, objective_of_run, open_data
 from training.atomic_files import write_atomically
 from training.bench_data import bench_data
 from training.checkpoint import TrainingState, newest_checkpoint, read_checkpoint, remove_leftovers
-from training.data import TrainLoader, build_train_loader, check_train_data
-from training.data.pictures import take_apart
+from training.data import check_train_data
 from training.distributed import World
-from training.errors import OneRankError, UserError, reason_of
+from training.errors import OneRankError, UserError
 from training.evaluate import Evaluator
 from training.loop import Training, train_one_epoch
-from training.model import ModelBundle, build_model, check_model, copy_model_configs, wrap
-from training.optim import build_optimizer, parameter_groups
+from training.model import build_model, check_model, copy_model_configs
 from training.params import data_config, parse_args
-from training.pixels import Pixels
 from training.plan import plan_lines
-from training.precision import Precision
 from training.reporting import Reporter, log_to_file, start_logging
 from training.run_folder import RunFolder, default_name
-from training.schedules import LearningRates
 from training.table_files import remove_unused, save_tables
 
 # A mistake in the flags is found by every rank on its own. The others leave time for rank 0 to say it: slurm ends all tasks
@@ -83,12 +79,12 @@ def train(args: Namespace, world: World) -> None:
     world.check_together(lambda: _check_inputs(args, folder, world))
 
     bundle = world.check_together(lambda: build_model(args, OBJECTIVES[args.objective], world.device))
-    loader = world.check_together(lambda: _open_data(args, world, bundle))
+    loader = world.check_together(lambda: open_data(args, world, bundle))
     world.check_same((loader.steps_per_epoch, loader.data_description), f"--train-data {args.train_data}")
     reporter = world.check_together(lambda: Reporter(args, folder, world))
-    objective = world.check_together(lambda: _build_objective(args, world, bundle, loader))
+    objective = world.check_together(lambda: objective_of_run(args, world, bundle, loader))
     # Not a check: ranks talk to each other in it. What it refuses, it refuses on all of them.
-    training = _assemble(args, world, bundle, loader, reporter, objective)
+    training = assemble(args, world, bundle, loader, reporter, objective)
     state = training.state
     evaluator = world.check_together(lambda: Evaluator(args, bundle, world, training.precision))
     # One rank chooses, so that all go on from the same file.
@@ -106,12 +102,13 @@ def train(args: Namespace, world: World) -> None:
         _evaluate(training, evaluator)
     if state.epoch >= args.stop_epochs:
         logging.info("nothing to do: epoch %d of %d is done", state.epoch, args.stop_epochs)
-    for epoch in range(state.epoch, args.stop_epochs):
-        train_one_epoch(training, epoch)
-        state.epoch = epoch + 1
-        # Saved before it is evaluated: an evaluation that fails must not cost the epoch.
-        _save(args, folder, state, world)
-        _evaluate(training, evaluator)
+    with garbage.thawed_at_the_end():
+        for epoch in range(state.epoch, args.stop_epochs):
+            train_one_epoch(training, epoch)
+            state.epoch = epoch + 1
+            # Saved before it is evaluated: an evaluation that fails must not cost the epoch.
+            _save(args, folder, state, world)
+            _evaluate(training, evaluator)
     training.reporter.close()
 
 
@@ -145,58 +142,6 @@ def _check_inputs(args: Namespace, folder: RunFolder, world: World) -> None:
         folder.create()
         remove_leftovers(folder.checkpoints)
         log_to_file(folder.path / "out.log")
-
-
-def _open_data(args: Namespace, world: World, bundle: ModelBundle) -> TrainLoader:
-    config = data_config(args, OBJECTIVES[args.objective].needs_keys)
-    on_gpu = world.device.type == "cuda"
-    return build_train_loader(
-        config, bundle.preprocess_train, bundle.tokenizer, world.rank, world.size, pin_memory=on_gpu
-    )
-
-
-def _build_objective(args: Namespace, world: World, bundle: ModelBundle, loader: TrainLoader) -> Objective:
-    batch_size = args.batch_size * args.accum_freq
-    shape = RunShape(bundle.embed_dim, batch_size, world.size, loader.steps_per_epoch, args.epochs)
-    try:
-        return build_objective(args, shape).to(world.device)
-    except (ValueError, RuntimeError, MemoryError) as error:
-        # What depends on the model, and memory that does not suffice for tables or networks.
-        raise UserError(f"--objective {args.objective} cannot be built: {reason_of(error)}") from error
-
-
-def _assemble(
-    args: Namespace,
-    world: World,
-    bundle: ModelBundle,
-    loader: TrainLoader,
-    reporter: Reporter,
-    objective: Objective,
-) -> Training:
-    """Optimizer and schedules around a model and its objective."""
-    towers = bundle.towers
-    model = wrap(args, towers, objective, world)
-    optimizer = build_optimizer(args, parameter_groups(towers, towers.model.logit_scale, args.wd, objective))
-    precision = Precision(args.precision, world.device.type)
-    return Training(
-        args=args,
-        world=world,
-        state=TrainingState(towers, objective, optimizer, precision.grad_scaler()),
-        model=model,
-        loader=loader,
-        rates=LearningRates(optimizer, args, loader.steps_per_epoch, towers.model.logit_scale),
-        precision=precision,
-        reporter=reporter,
-        pixels=_pixels(bundle, world, precision),
-    )
-
-
-def _pixels(bundle: ModelBundle, world: World, precision: Precision) -> Pixels:
-    """The counterpart of what the loader leaves out of the transform."""
-    parts = take_apart(bundle.preprocess_train)
-    if parts is None:
-        return Pixels(world.device, precision.input_dtype)
-    return Pixels(world.device, precision.input_dtype, parts.mean, parts.std)
 
 
 def _checkpoint_to_resume(args: Namespace, folder: RunFolder) -> Path | None:

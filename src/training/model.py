@@ -22,9 +22,10 @@ from open_clip.hf_model import HFTextEncoder
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from neuclip.objectives import Objective, TemperatureLearning
+from training.compilation import compile_towers
+from training.data_parallel import distribute
 from training.distributed import World
 from training.errors import UserError, reason_of
 
@@ -167,6 +168,9 @@ def build_model(args: Namespace, objective_class: type[Objective], device: torch
         raise UserError(f"--lock-image / --lock-text: model {args.model} cannot be frozen that way: {error}") from error
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
+    if is_convolutional(model.visual):
+        # The order in which tensor cores read. Loaded and saved weights are in the usual one: see TrainingState.
+        model.visual.to(memory_format=torch.channels_last)
     return ModelBundle(towers, preprocess_train, preprocess_val, tokenizer, _embed_dim(model, tokenizer, device))
 
 
@@ -187,6 +191,11 @@ def build_transforms(args: Namespace) -> tuple[Callable[[Any], Tensor], Callable
         return image_transform_v2(config, is_train=True, aug_cfg=args.aug_cfg), _tokenizer(args)
 
 
+def is_convolutional(image_tower: nn.Module) -> bool:
+    """Whether it convolves more than once: a vision transformer's patch embedding alone is one convolution."""
+    return sum(isinstance(part, nn.Conv2d) for part in image_tower.modules()) > 1
+
+
 def wrap(args: Namespace, towers: TwoTowers, objective: Objective, world: World) -> nn.Module:
     """What the loop calls: the towers, compiled and distributed as asked for."""
     towers.model.logit_scale.requires_grad_(objective.temperature_learning is TemperatureLearning.OUTER)
@@ -204,14 +213,8 @@ def wrap(args: Namespace, towers: TwoTowers, objective: Objective, world: World)
             raise UserError("--use-bn-sync works on GPUs only: drop it on CPUs")
         towers.model = convert_sync_batchnorm(towers.model)
     if args.torchcompile:
-        # Compiled in place: parameter names stay as they are.
-        towers.compile()
-    if world.size == 1:
-        return towers
-    device_ids = [world.device] if world.device.type == "cuda" else None
-    return DistributedDataParallel(
-        towers, device_ids=device_ids, gradient_as_bucket_view=True, static_graph=args.ddp_static_graph
-    )
+        compile_towers(towers, has_two_passes=args.accum_freq > 1)
+    return distribute(towers, world, args.ddp_static_graph, args.grad_compression)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 
 import timm.optim
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neuclip.objectives import Objective
@@ -42,17 +42,21 @@ def parameter_groups(
 
 
 def build_optimizer(args: Namespace, groups: list[dict[str, Any]]) -> Optimizer:
-    """AdamW and SGD from PyTorch, LAMB and Lion from timm. AdamW is fused on GPUs."""
+    """AdamW and SGD from PyTorch, fused: one pass over the memory of all parameters. LAMB and Lion from timm.
+
+    What is fused takes a learning rate that lives on the device, and a gradient scaler does not make it wait for the host.
+    It walks through memory, so a parameter, its gradient and its moments must lie in the same order (strides). Autograd and
+    DistributedDataParallel lay gradients out like their parameters; `load_optimizer_state` does so with moments.
+    """
     betas = (args.beta1, args.beta2)
     if args.optimizer == "adamw":
-        on_gpu = groups[0]["params"][0].is_cuda
-        return torch.optim.AdamW(groups, lr=args.lr, betas=betas, eps=args.eps, fused=on_gpu or None)
+        return torch.optim.AdamW(groups, lr=args.lr, betas=betas, eps=args.eps, fused=True)
     if args.optimizer == "lamb":
         # timm's LAMB would clip gradients of its own accord; --grad-clip-norm is for that.
         return timm.optim.Lamb(groups, lr=args.lr, betas=betas, eps=args.eps, max_grad_norm=None)
     if args.optimizer == "lion":
         return timm.optim.Lion(groups, lr=args.lr, betas=betas)
-    return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, nesterov=args.momentum > 0)
+    return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, nesterov=args.momentum > 0, fused=True)
 
 
 def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
@@ -70,3 +74,7 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
         # Before loading: where PyTorch puts the step counts depends on `fused`, which depends on the device.
         group.update({name: value for name, value in current.items() if name != "params"})
     optimizer.load_state_dict({**state, "param_groups": saved})
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 from neuclip.objectives import add_arguments as add_objective_arguments
 from neuclip.objectives import resolve as resolve_objective
 from training.data.config import DECODING, DataConfig, check_flags
+from training.data_parallel import COMPRESSIONS
 from training.errors import UserError
 
 PRECISIONS = ("amp_bf16", "amp_bfloat16", "amp", "bf16", "fp16", "pure_bf16", "pure_fp16", "fp32")
@@ -273,6 +274,12 @@ def _distributed(parser: ArgumentParser) -> None:
     add("--dist-url", default="env://", help="how ranks find each other, as torch.distributed understands it")
     add("--dist-timeout", type=int, default=1800, help="seconds after which a collective that hangs ends the run")
     add("--ddp-static-graph", action="store_true", help="tell DistributedDataParallel that the graph never changes")
+    add(
+        "--grad-compression",
+        choices=COMPRESSIONS,
+        default="none",
+        help="number format in which gradients travel between ranks; bf16: half the bytes, 8 bits of precision",
+    )
     add("--use-bn-sync", action="store_true", help="batch normalisation over all ranks")
 
 

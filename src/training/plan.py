@@ -38,6 +38,7 @@ def plan_lines(
         + (f"; stops after epoch {args.stop_epochs}" if args.stop_epochs < args.epochs else ""),
         "model": f"{args.model}, {total:,} parameters, {trainable:,} trainable",
         "precision": args.precision,
+        "gradients": _gradients_in_words(args, world),
         "optimizer": f"{args.optimizer}, lr {args.lr:g} ({args.lr_scheduler}, {args.warmup} steps of warmup), wd {args.wd:g}, "
         f"lr_tau {args.lr_tau:g} ({args.lr_tau_scheduler})",
         "git": git_revision(),
@@ -62,6 +63,13 @@ def git_revision() -> str:
 def _batch_in_words(args: Namespace, world: World) -> str:
     pieces = f" × {args.accum_freq} micro-batches" if args.accum_freq > 1 else ""
     return f"{args.batch_size} per rank{pieces}, {args.batch_size * args.accum_freq * world.size} in all"
+
+
+def _gradients_in_words(args: Namespace, world: World) -> str:
+    if world.size == 1:
+        return "of one rank" + ("; --grad-compression has no effect" if args.grad_compression != "none" else "")
+    travelling = "" if args.grad_compression == "none" else f", travelling in {args.grad_compression}"
+    return f"averaged over the ranks{travelling}" + (", static graph" if args.ddp_static_graph else "")
 
 
 def _device_name(world: World) -> str:

@@ -64,7 +64,7 @@ class LearningRates:
         self.temperature = _temperature_schedule(args, steps_per_epoch)
         self.by_threshold = args.lr_tau_scheduler == "step_thresh" and not args.skip_scheduler
         # Only these accept a learning rate that lives on the device; the others have to wait for its value at each step.
-        self.accepts_tensor = isinstance(optimizer, torch.optim.AdamW)
+        self.accepts_tensor = all(group.get("fused") for group in optimizer.param_groups)
 
     def set(self, step: int) -> None:
         """Set the learning rates of optimizer step `step` (from 0)."""

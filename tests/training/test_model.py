@@ -18,9 +18,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from end_to_end.corpus import MODEL_CONFIG
-from neuclip.objectives import OBJECTIVES, Objective
+from neuclip.objectives import OBJECTIVES, Objective, RunShape
 from ranks import run_on_ranks
 from small_training import CPU, EMBED_DIM, SmallModel, make_args, make_batches
+from training.checkpoint import TrainingState
 from training.data.seeds import seeded_augmentation
 from training.distributed import World
 from training.errors import UserError
@@ -31,8 +32,10 @@ from training.model import (
     build_transforms,
     check_model,
     copy_model_configs,
+    is_convolutional,
     wrap,
 )
+from training.optim import build_optimizer, parameter_groups
 from training.precision import Precision
 
 ALONE = World(0, 1, CPU)
@@ -276,3 +279,39 @@ def test_transforms_of_a_model_that_cannot_be_built(tmp_path: Path) -> None:
     args.force_image_size = "many"
     with pytest.raises(UserError, match="--model tiny: open_clip cannot build it"):
         build_transforms(args)
+
+
+RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}
+
+
+def test_convolution_towers_compute_channels_last_and_files_are_plain(tmp_path: Path) -> None:
+    """Every weight that could lie in either order; the file opens in plain open_clip, with the same features."""
+    bundle, args = _build(tmp_path, "openclip", vision_cfg=RESNET)
+    model = bundle.towers.model
+    kernels = [p for p in model.visual.parameters() if p.ndim == 4 and 1 not in p.shape[1:2] and p.shape[2] > 1]
+    assert len(kernels) > 4
+    for kernel in kernels:
+        assert kernel.is_contiguous(memory_format=torch.channels_last)
+        assert not kernel.is_contiguous()
+
+    images = torch.randn(4, 3, 32, 32)
+    features = model.encode_image(images)
+    features.sum().backward()
+    # What a fused optimizer relies on.
+    assert all(p.grad.stride() == p.stride() for p in model.visual.parameters())
+
+    objective = OBJECTIVES["openclip"].from_args(args, RunShape(16, 4, 1, 1, 1))
+    optimizer = build_optimizer(args, parameter_groups(bundle.towers, model.logit_scale, 0.1))
+    state = TrainingState(bundle.towers, objective, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    torch.save(state.to_checkpoint("run", "tiny"), tmp_path / "epoch_1.pt")
+    saved = torch.load(tmp_path / "epoch_1.pt", weights_only=True)["state_dict"]
+    assert all(value.is_contiguous() for value in saved.values())
+    plain = open_clip.create_model("tiny", pretrained=str(tmp_path / "epoch_1.pt"))
+    assert all(p.is_contiguous() for p in plain.parameters())
+    torch.testing.assert_close(plain.eval().encode_image(images), model.eval().encode_image(images))
+
+
+def test_a_patch_embedding_is_no_convolution_tower(tmp_path: Path) -> None:
+    visual = _build(tmp_path, "openclip")[0].towers.model.visual
+    assert not is_convolutional(visual)
+    assert visual.conv1.weight.is_contiguous()

@@ -145,3 +145,61 @@ def test_lamb_clips_only_when_asked_to() -> None:
     groups = parameter_groups(towers, towers.model.logit_scale, 0.2)
     optimizer = build_optimizer(make_args("--optimizer", "lamb"), groups)
     assert optimizer.defaults["max_grad_norm"] is None
+
+
+def _trajectory(name: str, fused: bool, rate: float | torch.Tensor, steps: int = 5) -> dict[str, torch.Tensor]:
+    """Parameters after some steps on made-up gradients, starting from layouts of both kinds."""
+    generator = torch.Generator().manual_seed(0)
+    towers = TwoTowers(SmallModel())
+    towers.model.convolution = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for parameter in towers.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    groups = parameter_groups(towers, towers.model.logit_scale, 0.2)
+    optimizer = build_optimizer(make_args("--optimizer", name), groups)
+    for group in optimizer.param_groups:
+        group.update(fused=fused, lr=rate)
+    for _ in range(steps):
+        for parameter in towers.parameters():
+            parameter.grad = torch.empty_like(parameter).copy_(torch.randn(parameter.shape, generator=generator))
+        optimizer.step()
+    return dict(towers.named_parameters())
+
+
+@pytest.mark.parametrize("rate", [0.01, torch.tensor(0.01)], ids=["number", "tensor"])
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_fused_steps_are_the_plain_ones_to_rounding(name: str, rate: float | torch.Tensor) -> None:
+    plain = _trajectory(name, fused=False, rate=0.01)
+    for key, value in _trajectory(name, fused=True, rate=rate).items():
+        torch.testing.assert_close(value, plain[key], rtol=2e-6, atol=2e-6, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("saved", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("present", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_going_on_with_a_tower_in_another_layout(
+    name: str, present: torch.memory_format, saved: torch.memory_format
+) -> None:
+    """A checkpoint from before convolutions were kept channels-last has moments in the other order."""
+    generator = torch.Generator().manual_seed(1)
+    weight, *gradients = torch.randn(4, 8, 4, 3, 3, generator=generator)
+
+    def start(layout: torch.memory_format) -> tuple[nn.Parameter, torch.optim.Optimizer]:
+        parameter = nn.Parameter(weight.clone(memory_format=layout))
+        groups = [{"role": "decay", "params": [parameter], "weight_decay": 0.1}]
+        return parameter, build_optimizer(make_args("--optimizer", name), groups)
+
+    def take(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, gradients: list[torch.Tensor]) -> None:
+        for gradient in gradients:
+            parameter.grad = torch.empty_like(parameter).copy_(gradient)
+            optimizer.step()
+
+    expected, optimizer = start(torch.contiguous_format)
+    take(expected, optimizer, gradients)
+    before, optimizer = start(saved)
+    take(before, optimizer, gradients[:2])
+    after, going_on = start(present)
+    after.data.copy_(before.data)
+    load_optimizer_state(going_on, copy.deepcopy(optimizer.state_dict()))
+    take(after, going_on, gradients[2:])
+    assert torch.equal(after, expected)

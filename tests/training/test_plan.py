@@ -90,3 +90,12 @@ def test_flags_of_other_objectives_are_told() -> None:
     assert set(rows["no effect"].removesuffix(": flags of other objectives").split(", ")) == expected
     for objective in OBJECTIVES:
         assert "no effect" not in _plan("--objective", objective)
+
+
+def test_gradients_tell_how_they_travel() -> None:
+    two = World(0, 2, ALONE.device)
+    assert _plan()["gradients"] == "of one rank"
+    assert _plan("--grad-compression", "bf16")["gradients"] == "of one rank; --grad-compression has no effect"
+    assert _plan(world=two)["gradients"] == "averaged over the ranks"
+    rows = _plan("--grad_compression", "bf16", "--ddp-static-graph", world=two)
+    assert rows["gradients"] == "averaged over the ranks, travelling in bf16, static graph"

@@ -157,7 +157,7 @@ def test_step_thresh_leaves_the_value_on_the_device_where_it_can() -> None:
         rates, _ = _rates("--optimizer", optimizer, *flags)
         rates.set(0)
         kinds[optimizer] = type(rates.current()["lr_tau"])
-    assert kinds == {"adamw": torch.Tensor, "lamb": float, "lion": float, "sgd": float}
+    assert kinds == {"adamw": torch.Tensor, "lamb": float, "lion": float, "sgd": torch.Tensor}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
