@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from training.checkpoint import TrainingState
 from training.data import Batch, TrainLoader
 from training.distributed import World
 from training.errors import OneRankError
+from training.interval import Interval
 from training.pixels import Pixels
 from training.precision import Precision
 from training.prefetch import Prefetcher, mover_for
@@ -77,41 +77,6 @@ class Training:
         return Prefetcher(on_host, self.check_keys, mover_for(self.world.device, self.args.accum_freq))
 
 
-class Interval:
-    """Wall-clock accounting between two log lines: all time, and the part that the host spent waiting for data.
-
-    Attributes:
-        steps: steps taken; the loop counts them.
-    """
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin a new interval now."""
-        self.began = time.perf_counter()
-        self.waited = 0.0
-        self.steps = 0
-
-    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; the time that each took to arrive is added up."""
-        while True:
-            asked = time.perf_counter()
-            batch = next(batches, None)
-            self.waited += time.perf_counter() - asked
-            if batch is None:
-                return
-            yield batch
-
-    def seconds_per_step(self) -> float:
-        """Mean over the interval so far."""
-        return (time.perf_counter() - self.began) / max(1, self.steps)
-
-    def data_share(self) -> float:
-        """Share of the interval's time spent waiting for data, in [0, 1]."""
-        return self.waited / max(1e-9, time.perf_counter() - self.began)
-
-
 def train_one_epoch(training: Training, epoch: int) -> None:
     """Go once through the training data; `epoch` counts from 0."""
     args, state = training.args, training.state
@@ -119,7 +84,7 @@ def train_one_epoch(training: Training, epoch: int) -> None:
     training.model.train()
     state.objective.start_epoch(epoch)
     steps = training.loader.steps_per_epoch
-    interval = Interval()
+    interval = Interval(on_gpu=training.world.device.type == "cuda")
     bar = progress_bar(training.world, steps, f"epoch {epoch + 1}/{args.epochs}")
     with bar, _profiler(args, training.world, epoch, steps) as profiler:
         batches = training.batches(interval.timed(training.loader.epoch(epoch)))
@@ -128,11 +93,12 @@ def train_one_epoch(training: Training, epoch: int) -> None:
             state.objective.report = is_logged
             training.rates.set(state.step)
             state.objective.temperature_lr = training.rates.temperature(state.step)
+            interval.step_begins()
             output = training_step(training, batch)
+            interval.step_ends()
             # Before anything below waits for the device: the next batch arrives while it works.
             batches.fetch()
             state.step += 1
-            interval.steps += 1
             bar.update()
             if profiler is not None:
                 profiler.step()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from neuclip.objectives import OBJECTIVES
 from ranks import run_on_ranks
 from small_training import CPU, FrozenTowers, make_args, make_batches, make_training
 from training.distributed import World
-from training.loop import Interval, train_one_epoch, training_step
+from training.loop import train_one_epoch, training_step
 
 # Plain gradient descent shows the gradient itself, with its scale.
 DESCENT = ("--optimizer", "sgd", "--momentum", "0", "--lr", "0.1", "--lr_tau", "0.1", "--wd", "0", "--skip-scheduler")
@@ -162,22 +161,6 @@ def test_objective_is_told_the_epoch() -> None:
     assert training.state.objective.epoch == 2
     assert training.state.objective.step == 2
     assert training.state.step == 2
-
-
-def test_interval_tells_waiting_from_working() -> None:
-    def slow() -> object:
-        for _ in range(3):
-            time.sleep(0.02)
-            yield object()
-
-    interval = Interval()
-    for _ in interval.timed(slow()):  # type: ignore[arg-type]
-        time.sleep(0.06)
-        interval.steps += 1
-    assert 0.05 < interval.data_share() < 0.6
-    assert interval.seconds_per_step() >= 0.08
-    interval.restart()
-    assert (interval.steps, interval.waited) == (0, 0.0)
 
 
 def test_log_line_names_what_a_reader_looks_for(caplog: pytest.LogCaptureFixture) -> None:
