@@ -18,7 +18,6 @@ import json
 import math
 import multiprocessing
 import sys
-import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -28,6 +27,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from measure import Spread, Stopwatch, spread, write_json
 from torch import Tensor
 
 from neuclip import OBJECTIVES, Objective, RunShape, make_objective
@@ -68,11 +68,11 @@ class Result:
 
     Attributes:
         peak_bytes: above the inputs, the most of all steps.
-        seconds: of the fastest step.
+        seconds: of a step, median and quartiles.
     """
 
     peak_bytes: int | None = None
-    seconds: float | None = None
+    seconds: Spread | None = None
     note: str = ""
 
 
@@ -81,23 +81,23 @@ def measure(case: Case) -> Result:
     free = free_bytes(case.device)
     if case.expected_bytes > USABLE * free:
         return Result(note=f"skipped: expected {readable(case.expected_bytes)}, free {readable(free)}")
-    seconds = []
+    stopwatch = Stopwatch(torch.device(case.device))
     try:
         # Libraries and threads are loaded by a first step; they are not the loss's.
         step(build(case, WARM_UP_SIZE), make_inputs(case, WARM_UP_SIZE))
         objective, inputs = build(case, case.size), make_inputs(case, case.size)
         meter = CudaPeak() if case.device.startswith("cuda") else ResidentPeak()
         for _ in range(case.steps):
-            started = time.perf_counter()
-            step(objective, inputs)
+            stopwatch.next_round()
+            with stopwatch.part("step"):
+                step(objective, inputs)
             meter.wait()
-            seconds.append(time.perf_counter() - started)
     except (MemoryError, RuntimeError) as error:
         # The CPU's allocator raises a plain RuntimeError.
         if "memory" not in str(error) and not isinstance(error, MemoryError):
             raise
         return Result(note=f"failed: out of memory, {readable(free)} were free")
-    return Result(meter.bytes(), min(seconds))
+    return Result(meter.bytes(), spread([ms / 1000 for ms in stopwatch.milliseconds()["step"]]))
 
 
 def build(case: Case, size: int) -> Objective:
@@ -209,6 +209,7 @@ def in_a_process_of_its_own(case: Case) -> Result:
 def run(args: Namespace) -> dict[tuple[str, int | None], dict[int, Result]]:
     """All measurements, by (objective, chunk) and size. Each is printed as a line of JSON when it is there."""
     results: dict[tuple[str, int | None], dict[int, Result]] = {}
+    lines = []
     for objective in args.objectives:
         for chunk in (None, args.chunk):
             found = results.setdefault((objective, chunk), {})
@@ -219,7 +220,10 @@ def run(args: Namespace) -> dict[tuple[str, int | None], dict[int, Result]]:
                 found[size] = in_a_process_of_its_own(case)
                 # What was expected is no result, and not to be taken for one.
                 asked = {name: value for name, value in asdict(case).items() if name != "expected_bytes"}
-                print(json.dumps({**asked, **asdict(found[size])}), flush=True)
+                line = {**asked, **asdict(found[size])}
+                lines.append(line)
+                print(json.dumps(line), flush=True)
+    write_json(args.json, {"benchmark": "loss_memory", "torch": torch.__version__, "measurements": lines})
     return results
 
 
@@ -253,7 +257,8 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("--chunk", type=int, default=1024, help="--loss-chunk-size of the chunked measurements")
     parser.add_argument("--dim", type=int, default=512, help="d, width of the features")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--steps", type=int, default=3, help="steps per measurement; the fastest one's time is shown")
+    parser.add_argument("--steps", type=int, default=3, help="steps per measurement")
+    parser.add_argument("--json", type=Path, help="file for every number, next to the lines that are printed")
     parser.add_argument("--flags", default="", help="further flags for the objectives: --flags='--npn_num_protos 1024'")
     args = parser.parse_args(argv)
     unknown = sorted(set(args.objectives) - set(OBJECTIVES))
@@ -276,7 +281,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     threads = f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""
     print(f"# torch {torch.__version__}, {args.device}{threads}, d = {args.dim}", flush=True)
     results = run(args)
-    print(f"\npeak memory above the inputs / seconds per step, d = {args.dim}\n\n{table(results, args.sizes)}")
+    print(
+        f"\npeak memory above the inputs / seconds per step, median (quartiles), d = {args.dim}\n\n{table(results, args.sizes)}"
+    )
     return 0
 
 

@@ -38,7 +38,7 @@ def test_a_dense_loss_needs_its_blocks_and_a_chunked_one_does_not() -> None:
     # Logits, labels and what log sigmoid keeps, at least; and no more than a few of them.
     assert 3 * 16 * MIB < dense["peak_bytes"] < 10 * 16 * MIB
     assert 0 < chunked["peak_bytes"] < 16 * MIB
-    assert all(line["seconds"] > 0 and line["note"] == "" for line in found)
+    assert all(line["seconds"]["median"] > 0 and line["note"] == "" for line in found)
     rows = [line.split(" | ") for line in output.splitlines() if line.startswith("| siglip")]
     assert [row[1] for row in rows] == ["default", "64"]
     assert f"{dense['peak_bytes'] / MIB:.1f} MiB / " in rows[0][2]
