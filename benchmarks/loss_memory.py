@@ -281,9 +281,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     threads = f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""
     print(f"# torch {torch.__version__}, {args.device}{threads}, d = {args.dim}", flush=True)
     results = run(args)
-    print(
-        f"\npeak memory above the inputs / seconds per step, median (quartiles), d = {args.dim}\n\n{table(results, args.sizes)}"
-    )
+    print(f"\npeak memory above the inputs / seconds per step, median (quartiles), d = {args.dim}\n")
+    print(table(results, args.sizes))
     return 0
 
 
