@@ -116,7 +116,8 @@ def test_a_recorded_loop_is_the_loop_to_the_last_bit(flags: str, features: Featu
         assert torch.equal(value, expected)
     without, recordings = RUNS[flags]
     assert recorder.recorded == recordings
-    assert recorder.replayed == 3 * (len(steps) - without)
+    # One more replay is the trial.
+    assert recorder.replayed == 3 * (len(steps) - without) + recordings
     for name, value in plain.state_dict().items():
         assert torch.equal(recorded.state_dict()[name], value) if isinstance(value, Tensor) else True
 
@@ -181,6 +182,20 @@ def test_a_recording_that_fails_half_way_leaves_no_trace(features: FeatureMaker)
     for expected, value in zip(train(plain, features, range(4)), train(refused, features, range(4)), strict=True):
         assert torch.equal(value, expected)
     assert not refused.normalizer.loop.enabled
+
+
+@pytest.mark.parametrize("replay", [lambda program: None, lambda program: (program(), program())])
+def test_a_recording_that_does_something_else_is_found_out(
+    replay: Any, features: FeatureMaker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing at all, say, where work went to another stream than the one that is recorded."""
+    plain, recorded = make("--npn_num_protos 5", None), make("--npn_num_protos 5", Recorder())
+    recorded.normalizer.loop.recorder = lambda program: lambda: replay(program)
+    for expected, value in zip(train(plain, features, range(4)), train(recorded, features, range(4)), strict=True):
+        assert torch.equal(value, expected)
+    (message,) = caplog.messages
+    assert "a replay did something else than the update" in message
+    assert not recorded.normalizer.loop.enabled
 
 
 def test_released_recordings_are_made_anew(features: FeatureMaker) -> None:

@@ -39,8 +39,8 @@ class InnerLoop:
 
     On a GPU, and where ranks talk through NCCL, the update is recorded as a CUDA graph and replayed: an update is some
     forty kernels, most of them small, and two messages, which the host launches more slowly than the GPU runs them. The first
-    run of each kind goes without, because libraries and communicators set themselves up in it. A recording keeps the memory
-    of its intermediate results and of a copy of its inputs.
+    run of each kind goes without, because libraries and communicators set themselves up in it. A recording is used if one
+    replay does what the update does. It keeps the memory of its intermediate results and of a copy of its inputs.
 
     Args:
         enabled: whether to record at all.
@@ -100,25 +100,43 @@ class InnerLoop:
             self.release()
             self._kind = kind
         elif self._recording is None:
-            self._record(update, inputs)
+            self._record(update, inputs, changed)
         return self._recording
 
-    def _record(self, update: Callable[..., None], inputs: tuple[Tensor, ...]) -> None:
+    def _record(self, update: Callable[..., None], inputs: tuple[Tensor, ...], changed: tuple[Tensor, ...]) -> None:
+        """Record and try the recording out; if anything is wrong with it on any rank, no rank uses one."""
         problem = ""
-        self._static = tuple(torch.empty_like(x) for x in inputs)
+        self._static = tuple(x.clone() for x in inputs)
         try:
             self._recording = self.recorder(lambda: update(*self._static))
         except RuntimeError as error:
             problem = str(error)
         # A message is either recorded on all ranks or on none.
-        if not distributed.all_agree(self._recording is not None, inputs[0].device):
-            # A graph saves launches and nothing else: no reason to end a run.
-            self.enabled = False
-            self.release()
-            if problem or distributed.rank() == 0:
-                logging.warning(
-                    "the NPN's updates are not recorded as a CUDA graph: %s", problem or "another rank failed"
-                )
+        agreed = distributed.all_agree(self._recording is not None, inputs[0].device)
+        if agreed and not self._does_the_same(update, inputs, changed):
+            problem = "a replay did something else than the update"
+        if agreed and distributed.all_agree(not problem, inputs[0].device):
+            return
+        # A graph saves launches and nothing else: no reason to end a run.
+        self.enabled = False
+        self.release()
+        if problem or distributed.rank() == 0:
+            reason = problem or "it failed on another rank"
+            logging.warning("the NPN's updates are not recorded as a CUDA graph: %s", reason)
+
+    def _does_the_same(
+        self, update: Callable[..., None], inputs: tuple[Tensor, ...], changed: tuple[Tensor, ...]
+    ) -> bool:
+        """Whether a replay changes what the update changes, to rounding; `changed` is left as it was."""
+        assert self._recording is not None
+        before = [x.clone() for x in changed]
+        results = []
+        for program in (lambda: update(*inputs), self._recording):
+            program()
+            results.append([x.clone() for x in changed])
+            for x, value in zip(changed, before):
+                x.copy_(value)
+        return all(torch.allclose(replayed, done, rtol=1e-3, atol=1e-5) for done, replayed in zip(*results))
 
     def _records(self, tensor: Tensor) -> bool:
         if not self.enabled or not tensor.is_cuda:
