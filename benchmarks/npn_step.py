@@ -26,6 +26,7 @@ from measure import Stopwatch, add_common_arguments, machine, on_ranks, spread, 
 from torch import Tensor
 
 from neuclip import RunShape, make_objective
+from neuclip.distributed import all_gather
 from neuclip.pairwise import GlobalBatch, batch_log_means, gather_batch
 from training.distributed import World
 
@@ -42,12 +43,7 @@ def make_batch(args: Namespace, world: World) -> tuple[GlobalBatch, Tensor, Tens
     images, texts = (F.normalize(shared + part, dim=1)[own].to(world.device) for part in noise)
     logit_scale = torch.tensor(1 / args.temperature, device=world.device)
     batch = gather_batch(images, texts)
-    targets = batch_log_means(batch, logit_scale)
-    if world.size > 1:
-        gathered = [torch.empty_like(targets) for _ in range(world.size)]
-        dist.all_gather(gathered, targets)
-        targets = torch.cat(gathered, dim=1)
-    return batch, targets, logit_scale
+    return batch, all_gather(batch_log_means(batch, logit_scale), dim=1), logit_scale
 
 
 def make_network(args: Namespace, world: World, precision: str | None) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from neuclip import distributed
 from neuclip.normalizers.inner_objectives import InnerObjective
+from neuclip.normalizers.mixing import add_log_eps
 from neuclip.normalizers.mlp import ResidualMLPs
 from neuclip.normalizers.network import NormalizerNetwork, OptimizerMaker, register_weights
 from neuclip.pairwise import GlobalBatch
@@ -98,7 +99,7 @@ class MLPNormalizer(NormalizerNetwork):
         return log_normalizers, gradient
 
     def _log_normalizers(self, outputs: Tensor, anchors: _LocalAnchors) -> Tensor:
-        return self._add_eps(outputs - anchors.own_logits)
+        return add_log_eps(outputs - anchors.own_logits, self.log_eps)
 
     def _local_anchors(self, batch: GlobalBatch, logit_scale: Tensor) -> _LocalAnchors:
         tensors = (batch.features[:, batch.local], batch.positive[batch.local], logit_scale)

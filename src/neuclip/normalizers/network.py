@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from neuclip.normalizers.adagrad import InnerOptimizer
 from neuclip.normalizers.inner_objectives import InnerObjective
-from neuclip.normalizers.mixing import add_log_eps, log_or_minus_infinity
+from neuclip.normalizers.mixing import log_or_minus_infinity
 from neuclip.pairwise import GlobalBatch
 
 OptimizerMaker = Callable[[tuple[int, ...]], InnerOptimizer]
@@ -82,9 +82,6 @@ class NormalizerNetwork(nn.Module):
     ) -> Tensor:
         """dF/dα_i of some anchors, [2, A], with F over the global batch of N anchors."""
         return self.inner_objective.derivative(log_normalizers, targets, 1.0 / logit_scale) / global_size
-
-    def _add_eps(self, log_g: Tensor) -> Tensor:
-        return add_log_eps(log_g, self.log_eps)
 
 
 def register_weights(owner: nn.Module, name: str, weights: Tensor, outer: bool) -> None:

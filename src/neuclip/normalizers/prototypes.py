@@ -90,10 +90,10 @@ class PrototypeNormalizer(NormalizerNetwork):
     ) -> None:
         if num_prototypes < 1:
             raise ValueError(f"--npn_num_protos {num_prototypes}: a normalizer needs at least 1 prototype")
+        # The rows that a rank works on, and those that it stores: an outer optimizer has the same parameters on every rank.
         self.shards = RowShards.over_ranks(num_prototypes)
-        # An outer optimizer has the same parameters on every rank.
-        self.held = RowShards.undivided(num_prototypes) if make_optimizer is None else self.shards
-        shape = (2, self.held.held, dim)
+        self.storage = RowShards.undivided(num_prototypes) if make_optimizer is None else self.shards
+        shape = (2, self.storage.held, dim)
         super().__init__(eps, inner_objective, make_optimizer(shape) if make_optimizer else None)
         self.num_prototypes = num_prototypes
         self.product_dtype = product_dtype
@@ -104,16 +104,16 @@ class PrototypeNormalizer(NormalizerNetwork):
         self.active = 0
         # [image features, text features] of the last m samples, newest batch first; empty when every batch alone has m.
         self.remembers = num_prototypes > batch_size
-        self.register_buffer("recent", torch.zeros(2, self.held.held if self.remembers else 0, dim))
+        self.register_buffer("recent", torch.zeros(2, self.storage.held if self.remembers else 0, dim))
         self.num_recent = 0
         self._describe_state()
 
     def _describe_state(self) -> None:
-        remembered = RowShards(self.num_prototypes if self.remembers else 0, self.held.rank, self.held.ranks)
-        shards = {"prototypes": self.held, "recent": remembered}
+        remembered = RowShards(self.num_prototypes if self.remembers else 0, self.storage.rank, self.storage.ranks)
+        shards = {"prototypes": self.storage, "recent": remembered}
         remedies = {"prototypes": "give the --npn_num_protos that it was trained with"}
         if self.optimizer is not None and self.optimizer.accumulator.dim() == 3:
-            shards["optimizer.accumulator"] = self.held
+            shards["optimizer.accumulator"] = self.storage
         save_whole(self, shards, remedies)
 
     @property
@@ -126,7 +126,7 @@ class PrototypeNormalizer(NormalizerNetwork):
         """Remember the features of a batch for the next restart (only where m > N)."""
         if self.remembers:
             # N is a multiple of K, so that a sample that moves on by N places stays on its rank.
-            features = _with_direction(self.held.own(batch.features).to(self.recent.dtype))
+            features = _with_direction(self.storage.own(batch.features).to(self.recent.dtype))
             self.recent.copy_(torch.cat((features, self.recent), dim=1)[:, : self.recent.shape[1]])
             self.num_recent = min(self.num_recent + batch.size, self.num_prototypes)
 
@@ -138,10 +138,10 @@ class PrototypeNormalizer(NormalizerNetwork):
         """
         if self.remembers:
             self.active = self.num_recent
-            source = self.recent[:, : self.held.count(self.active)]
+            source = self.recent[:, : self.storage.count(self.active)]
         else:
             self.active = min(self.num_prototypes, batch.size)
-            source = _with_direction(self.held.own(batch.features[:, : self.active]))
+            source = _with_direction(self.storage.own(batch.features[:, : self.active]))
         rows = source.flip(0)
         self.prototypes[:, : source.shape[1]].copy_(F.normalize(rows, dim=2) if self._has_unit_rows else rows)
         if self.optimizer is not None:
@@ -183,7 +183,7 @@ class PrototypeNormalizer(NormalizerNetwork):
     def _own_weights(self) -> Tensor:
         """[2, own, d], this rank's share of the rows in use: a view."""
         rows = self.prototypes.detach()
-        if self.held is not self.shards:
+        if self.storage is not self.shards:
             rows = self.shards.own(rows)
         return rows[:, : self.shards.count(self.active)]
 
