@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 from training.data.config import Batch, DataConfig, check_flags, parse_factors, resolve_dataset_type
 from training.data.pictures import Preprocess, make_pictures
 from training.data.plan import DealtOrder, DrawnOrder, ExactOrder, Layout, ShardOrder, plan_steps
-from training.data.read import ShardSource
 from training.data.shards import Shard, expand_sources
 from training.data.sizes import SizedShards, find_sizes
+from training.data.sources import ShardSource
 from training.data.stages import StageClock
 from training.data.stream import BatchDataset, SampleSource, Tokenizer
 from training.data.tables import SYNTHETIC_STEPS, CsvRows, RowSource, SyntheticRows, read_csv

@@ -69,12 +69,27 @@ class Layout:
 
 @dataclass(frozen=True)
 class ShardSlice:
-    """Samples start, start + step, … below stop (None: the end) of a shard, by position in the file."""
+    """Samples start, start + step, … below stop (None: the end) of a shard, by position in the file.
+
+    chosen: of those only the ones at these positions (which lie in the slice); None for all.
+    """
 
     shard: Shard
     start: int = 0
     stop: int | None = None
     step: int = 1
+    chosen: frozenset[int] | None = None
+
+    def has(self, index: int) -> bool:
+        """Whether the sample at a position is meant."""
+        if index < self.start or (self.stop is not None and index >= self.stop) or (index - self.start) % self.step:
+            return False
+        return self.chosen is None or index in self.chosen
+
+    def places(self) -> list[int]:
+        """The positions meant, in order; for slices with a stop."""
+        assert self.stop is not None
+        return [index for index in range(self.start, self.stop, self.step) if self.has(index)]
 
 
 class ShardOrder(Protocol):

@@ -16,8 +16,8 @@ from typing import Any
 import webdataset
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from training.data.plan import Place, ShardOrder, ShardSlice, spare_slices
-from training.data.samples import RawSample, Tally, from_members
+from training.data.plan import ShardSlice
+from training.data.samples import RawSample, from_members
 from training.data.tar_headers import BLOCK, ends_archive, only_times, plain_file, sample_name
 
 Report = Callable[[str, str], None]
@@ -44,7 +44,7 @@ class _Selector:
             self.index += 1
         if self.part.stop is not None and self.index >= self.part.stop:
             raise _EndOfSliceError
-        return self.index >= self.part.start and (self.index - self.part.start) % self.part.step == 0
+        return self.part.has(self.index)
 
 
 def read_groups(part: ShardSlice, report: Report) -> Iterator[dict[str, bytes]]:
@@ -118,26 +118,22 @@ def _plain_members(stream: io.BufferedReader, selector: _Selector) -> Iterator[t
         stream.seek(following)
 
 
-class ShardSource:
-    """The samples of tar shards, in the order of a plan."""
+def read_slots(part: ShardSlice) -> Iterator[RawSample]:
+    """What lies at the positions of a slice, in file order.
 
-    def __init__(self, order: ShardOrder) -> None:
-        self.order = order
-
-    def samples(self, place: Place, attempt: int, tally: Tally) -> Iterator[RawSample]:
-        """A consumer's samples of an epoch, once through."""
-        return self._read(self.order.slices(place, attempt), tally)
-
-    def spares(self, place: Place, attempt: int, tally: Tally) -> Iterator[RawSample]:
-        """Samples from elsewhere in the data, for a consumer whose own part holds none that is whole."""
-        return self._read(spare_slices(self.order, place, attempt), tally)
-
-    def names(self, place: Place) -> str:
-        """The shards a consumer reads in an epoch, for messages."""
-        urls = list(dict.fromkeys(part.shard.url for part in self.order.slices(place, 0)))
-        return ", ".join(urls[:8]) + (f" and {len(urls) - 8} more" if len(urls) > 8 else "")
-
-    def _read(self, parts: Iterator[ShardSlice], tally: Tally) -> Iterator[RawSample]:
-        for part in parts:
-            for members in read_groups(part, tally.damaged):
-                yield from_members(members)
+    A slice with a stop yields exactly one RawSample for each of `part.places()`, whatever the shard holds: where there is no
+    whole sample, one with `problem` set. Without a stop nobody knows how many there should be: it yields the samples there
+    are, and one RawSample with `problem` for each damage. Nothing is raised for damage.
+    """
+    problems: list[str] = []
+    found = 0
+    for members in read_groups(part, lambda _url, problem: problems.append(problem)):
+        found += 1
+        yield from_members(members)
+    url = part.shard.url
+    if part.stop is None:
+        for problem in problems:
+            yield RawSample(None, None, None, url, url, problem)
+    else:
+        for _ in range(len(part.places()) - found):
+            yield RawSample(None, None, None, url, url, "missing from its shard")

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections import Counter
 from typing import NamedTuple
 
 from PIL import Image
 
-log = logging.getLogger(__name__)
-
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 _LARGEST_KEY = 2**63 - 1
-_NAMED_SHARDS = 100
 
 
 class RawSample(NamedTuple):
@@ -23,12 +19,16 @@ class RawSample(NamedTuple):
     caption: utf-8 bytes or text, None when the data has none.
     key: the integer key, or the bytes of the JSON object that holds it, or None.
     name: where it lies, for messages.
+    shard: the file it lies in (a shard, a table), by which problems are counted.
+    problem: why there is nothing to decode although a sample was expected in this place; None where there is a sample.
     """
 
     image: bytes | str | Image.Image | None
     caption: bytes | str | None
     key: bytes | int | None
     name: str
+    shard: str = ""
+    problem: str | None = None
 
 
 class BrokenSampleError(Exception):
@@ -39,7 +39,7 @@ def from_members(members: dict[str, bytes]) -> RawSample:
     """The sample in one group of a tar file's members, as webdataset groups them (suffixes in lower case)."""
     image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
     name = f"{members['__url__']}: {members['__key__']}"
-    return RawSample(image, members.get("txt"), members.get("json"), name)
+    return RawSample(image, members.get("txt"), members.get("json"), name, members["__url__"])
 
 
 def parse_key(key: bytes | int | None) -> int | None:
@@ -62,6 +62,8 @@ def read_labels(raw: RawSample, needs_keys: bool) -> tuple[str, int | None]:
     Raises:
         BrokenSampleError: no image, no caption, a caption that is not utf-8, or no key where one is needed.
     """
+    if raw.problem is not None:
+        raise BrokenSampleError(raw.problem)
     if not raw.image:
         raise BrokenSampleError("no image")
     if raw.caption is None:
@@ -76,27 +78,36 @@ def read_labels(raw: RawSample, needs_keys: bool) -> tuple[str, int | None]:
     return caption, key
 
 
+class Counts(NamedTuple):
+    """What became of samples that were looked at.
+
+    good: samples delivered in batches.
+    problems: samples left out, by (kind, shard).
+    last: the last one left out, for messages: where it lies and why; "" if there is none.
+    """
+
+    good: int
+    problems: dict[tuple[str, str], int]
+    last: str = ""
+
+
 class Tally:
-    """Counts a worker's good and skipped samples, and warns of the skipped at their 1st, 2nd, 4th, 8th, … number."""
+    """Counts a worker's good and skipped samples; `good` is never reset."""
 
     def __init__(self) -> None:
         self.good = 0
-        self.skipped: Counter[str] = Counter()
         self.last_skipped = ""
-        self._damaged: set[tuple[str, str]] = set()
+        self._drained = 0
+        self._problems: Counter[tuple[str, str]] = Counter()
 
-    def skip(self, reason: str, name: str) -> None:
+    def skip(self, reason: str, raw: RawSample) -> None:
         """Counts a sample that was left out."""
-        self.skipped[reason] += 1
-        self.last_skipped = f"{name}: {reason}"
-        total = self.skipped.total()
-        if total & (total - 1) == 0:
-            counts = ", ".join(f"{count} {what}" for what, count in self.skipped.most_common())
-            log.warning("samples skipped so far by this worker: %s; the last is %s", counts, self.last_skipped)
+        self._problems[reason, raw.shard] += 1
+        self.last_skipped = f"{raw.name}: {reason}"
 
-    def damaged(self, url: str, problem: str) -> None:
-        """Warns, once for each shard and problem and about no more than 100 in a worker, of a shard that fails."""
-        self.last_skipped = f"{url}: {problem}"
-        if len(self._damaged) < _NAMED_SHARDS and (url, problem) not in self._damaged:
-            self._damaged.add((url, problem))
-            log.warning("shard %s: %s; going on with what can be read", url, problem)
+    def drain(self) -> Counts:
+        """What was counted since the last call."""
+        counts = Counts(self.good - self._drained, dict(self._problems), self.last_skipped if self._problems else "")
+        self._drained = self.good
+        self._problems.clear()
+        return counts

@@ -183,7 +183,7 @@ class BatchDataset(IterableDataset):
                 caption, key = read_labels(raw, self.needs_keys)
                 decoded = self.decode(raw.image)
             except BrokenSampleError as broken:
-                self.tally.skip(str(broken), raw.name)
+                self.tally.skip(str(broken), raw)
                 continue
             # Not guarded: the picture is whole, so an error in here is a mistake in the transforms.
             images.append(self.transform(decoded))
@@ -200,7 +200,7 @@ class BatchDataset(IterableDataset):
             try:
                 read_labels(raw, self.needs_keys)
             except BrokenSampleError as broken:
-                self.tally.skip(str(broken), raw.name)
+                self.tally.skip(str(broken), raw)
                 continue
             passed += 1
             self.tally.good += 1

@@ -64,7 +64,9 @@ class CsvRows:
 
     def sample(self, index: int) -> RawSample:
         """Row `index`, counted from 0 below the header. An image path is used as it stands."""
-        return RawSample(os.fsdecode(self.images[index]), self.captions[index], index, f"{self.path} row {index}")
+        return RawSample(
+            os.fsdecode(self.images[index]), self.captions[index], index, f"{self.path} row {index}", self.path
+        )
 
 
 class SyntheticRows:
@@ -80,7 +82,7 @@ class SyntheticRows:
 
     def sample(self, index: int) -> RawSample:
         """The same picture and caption for every index."""
-        return RawSample(self.image, SYNTHETIC_CAPTION, index, f"synthetic sample {index}")
+        return RawSample(self.image, SYNTHETIC_CAPTION, index, f"synthetic sample {index}", "synthetic")
 
 
 def read_csv(config: DataConfig) -> CsvRows:
