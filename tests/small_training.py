@@ -13,6 +13,7 @@ from neuclip.objectives import OBJECTIVES, RunShape, build_objective
 from training.checkpoint import TrainingState
 from training.data import Batch
 from training.distributed import World
+from training.finite import FiniteGuard
 from training.loop import Training
 from training.model import TwoTowers, wrap
 from training.optim import build_optimizer, parameter_groups
@@ -139,14 +140,16 @@ def make_training(
     wrapped = wrap(args, towers, objective, world)
     optimizer = build_optimizer(args, parameter_groups(towers, towers.model.logit_scale, args.wd, objective))
     precision = Precision(args.precision, "cpu")
+    scaler = precision.grad_scaler()
     return Training(
         args=args,
         world=world,
-        state=TrainingState(towers, objective, optimizer, precision.grad_scaler()),
+        state=TrainingState(towers, objective, optimizer, scaler),
         model=wrapped,
         loader=loader,  # type: ignore[arg-type]
         rates=LearningRates(optimizer, args, len(batches), towers.model.logit_scale),
         precision=precision,
         reporter=Recorder(),  # type: ignore[arg-type]
         pixels=Pixels(world.device, precision.input_dtype),
+        guard=FiniteGuard(world.rank, optimizer, scaler.is_enabled()),
     )

@@ -43,7 +43,8 @@ def backward_in_micro_batches(training: Training, batch: Batch) -> Output:
     keys = training.keys_of(batch)
     inputs, random_states = _encode_without_graph(training, micro_batches)
     output = state.objective(*inputs, keys)
-    state.scaler.scale(output.loss).backward()
+    start = training.guard.gradient_of_loss(output.loss, *inputs[:2])
+    state.scaler.scale(output.loss).backward(start)
     # An objective may draw random numbers too; the next step goes on after those.
     afterwards = _random_state(device)
     gradients = _shares([None if leaf is None else leaf.grad for leaf in inputs], len(micro_batches))
@@ -71,7 +72,7 @@ def _encode_without_graph(
     # Not through DistributedDataParallel: after a pass without a graph it does not hand out rank 0's running statistics.
     towers = training.state.towers
     encoded, random_states = [], []
-    with torch.no_grad(), _running_statistics_kept(towers):
+    with torch.no_grad(), running_statistics_kept(towers):
         for micro_batch in micro_batches:
             random_states.append(_random_state(training.world.device))
             encoded.append(training.encode(towers, micro_batch))
@@ -106,7 +107,7 @@ def _without_synchronisation(model: nn.Module) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _running_statistics_kept(module: nn.Module) -> Iterator[None]:
+def running_statistics_kept(module: nn.Module) -> Iterator[None]:
     """Batch normalisation goes on as in training, by the statistics of the batch, but remembers nothing of it."""
     tracking = [part for part in module.modules() if part.training and getattr(part, "track_running_stats", False)]
     for part in tracking:
@@ -116,6 +117,16 @@ def _running_statistics_kept(module: nn.Module) -> Iterator[None]:
     finally:
         for part in tracking:
             part.track_running_stats = True
+
+
+@contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """What is drawn inside does not change what is drawn afterwards."""
+    before = _random_state(device)
+    try:
+        yield
+    finally:
+        _set_random_state(before, device)
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

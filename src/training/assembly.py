@@ -12,6 +12,7 @@ from training.data import TrainLoader, build_train_loader
 from training.data.pictures import take_apart
 from training.distributed import World
 from training.errors import UserError, reason_of
+from training.finite import FiniteGuard
 from training.loop import Training
 from training.model import ModelBundle, is_convolutional, wrap
 from training.optim import build_optimizer, parameter_groups
@@ -63,16 +64,18 @@ def assemble(
     model = wrap(args, towers, objective, world)
     optimizer = build_optimizer(args, parameter_groups(towers, towers.model.logit_scale, args.wd, objective))
     precision = Precision(args.precision, world.device.type)
+    scaler = precision.grad_scaler()
     return Training(
         args=args,
         world=world,
-        state=TrainingState(towers, objective, optimizer, precision.grad_scaler()),
+        state=TrainingState(towers, objective, optimizer, scaler),
         model=model,
         loader=loader,
         rates=LearningRates(optimizer, args, loader.steps_per_epoch, towers.model.logit_scale),
         precision=precision,
         reporter=reporter,
         pixels=_pixels(bundle, world, precision),
+        guard=FiniteGuard(world.rank, optimizer, scaler.is_enabled()),
     )
 
 

@@ -24,11 +24,14 @@ class World:
     Attributes:
         rank, size: this process's number among all processes; their number.
         device: where this rank computes.
+        control: a group of all ranks for messages between hosts (gloo). It never touches a GPU, and it is patient: ranks may
+            wait in it for one that evaluates or writes. None: the default group is used.
     """
 
     rank: int
     size: int
     device: torch.device
+    control: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -40,8 +43,15 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, by rank, on every rank (plain Python objects)."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value, group=self.control)
+        return values
 
     def check_together(self, check: Callable[[], T]) -> T:
         """Run a check on every rank; if it fails on any, it fails on all, so that none is left waiting for the others.
@@ -59,10 +69,7 @@ class World:
             # A bug or a full memory, say: the others must be told all the same.
             message = f"{type(error).__name__}: {' '.join(str(error).split())}"
             unexpected = error
-        messages: list[str | None] = [message]
-        if self.size > 1:
-            messages = [None] * self.size
-            dist.all_gather_object(messages, message)
+        messages = self.gather(message)
         if unexpected is not None:
             raise unexpected
         failed = [m for m in messages if m is not None]
@@ -77,9 +84,7 @@ class World:
         Raises:
             UserError: it is not; `what` begins the message.
         """
-        values: list[object] = [value] * self.size
-        if self.size > 1:
-            dist.all_gather_object(values, value)
+        values = self.gather(value)
         for rank, other in enumerate(values):
             if other != values[0]:
                 raise UserError(f"{what}: rank 0 has {values[0]}, rank {rank} has {other}; all must see the same files")
@@ -102,18 +107,21 @@ def environment() -> tuple[int, int, int]:
     return 0, 0, 1
 
 
-def connect(device: str, backend: str | None, url: str, timeout_seconds: int) -> World:
+def connect(device: str, backend: str | None, url: str, timeout_seconds: int, patience_seconds: int = 0) -> World:
     """Choose this rank's device and join the process group (if there is more than one rank).
 
     Args:
         device: "auto", "cuda" or "cpu".
         backend: None for nccl on GPUs and gloo on CPUs.
+        timeout_seconds: after which a collective of the training step fails.
+        patience_seconds: the same for messages between hosts (`World.control`), if that is longer.
 
     Raises:
         UserError: CUDA is asked for and absent, or ranks cannot find each other.
     """
     rank, local_rank, size = environment()
     chosen = _device(device, local_rank)
+    control = None
     if size > 1:
         if url == "env://" and "MASTER_ADDR" not in os.environ:
             raise UserError(
@@ -138,7 +146,19 @@ def connect(device: str, backend: str | None, url: str, timeout_seconds: int) ->
                 f"{size} ranks cannot meet at {place} ({reason[:200]}): check MASTER_ADDR and MASTER_PORT, "
                 "that the port is free and that all ranks were started"
             ) from error
-    return World(rank, size, chosen)
+        control = _control_group(max(timeout_seconds, patience_seconds))
+    return World(rank, size, chosen, control)
+
+
+def _control_group(timeout_seconds: int) -> dist.ProcessGroup:
+    try:
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"the hosts cannot talk to each other through gloo ({reason[:200]}): set GLOO_SOCKET_IFNAME to the network "
+            "interface that connects the nodes, such as eth0 or ib0"
+        ) from error
 
 
 def disconnect() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from evaluation.datasets import ClassificationSource, PairDataset, open_classifi
 from evaluation.features import encode_images, encode_share, evaluating, gather_pairs
 from evaluation.retrieval import retrieval_metrics
 from evaluation.zero_shot import build_class_head, zero_shot_metrics
+from training.data.workers import heed_parent_only
 from training.distributed import World
 from training.errors import UserError
 from training.model import ModelBundle, TwoTowers
@@ -32,6 +33,8 @@ _ZERO_SHOT = {
     "zeroshot_data": "zeroshot-val",
 }
 
+_INTERRUPTED = "the run has been asked to end"
+
 
 class Evaluator:
     """Opens the evaluation sets that the flags name, and runs those that are due.
@@ -41,14 +44,24 @@ class Evaluator:
         bundle: gives preprocessing and tokenizer.
         world, precision: this rank's place; the towers' number format.
 
+        interrupted: says that the run has been asked to end; an evaluation is then broken off between two batches.
+
     Raises:
         UserError: a set cannot be opened; the message names the flag.
     """
 
-    def __init__(self, args: Namespace, bundle: ModelBundle, world: World, precision: Precision) -> None:
+    def __init__(
+        self,
+        args: Namespace,
+        bundle: ModelBundle,
+        world: World,
+        precision: Precision,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.args = args
         self.world = world
         self.precision = precision
+        self.interrupted = interrupted
         self.tokenizer = bundle.tokenizer
         self.pairs = None
         if args.val_data:
@@ -75,7 +88,11 @@ class Evaluator:
                     metrics.update(self._classify(towers, prefix, source))
         except UserError as error:
             # All ranks get here together. A broken image must not end a run of two days.
-            logging.error("evaluation after epoch %d broken off: %s", epoch, str(error).strip().splitlines()[-1])
+            reason = str(error).strip().splitlines()[-1]
+            logging.error("evaluation after epoch %d broken off: %s", epoch, reason)
+            if reason.startswith(_INTERRUPTED):
+                # Made up for as a whole: an entry in results.jsonl would say that this epoch has been evaluated.
+                return {}
         if metrics and self.world.is_main:
             shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             logging.info("evaluation after epoch %d: %s", epoch, shown)
@@ -136,9 +153,24 @@ class Evaluator:
 
         return encode
 
-    def _loader(self, dataset: Any) -> DataLoader:
+    def _loader(self, dataset: Any) -> Iterator[Any]:
+        """This rank's batches.
+
+        Raises:
+            UserError: while iterating: the run has been asked to end.
+        """
         on_gpu = self.world.device.type == "cuda"
-        return DataLoader(dataset, batch_size=self.args.batch_size, num_workers=self.args.workers, pin_memory=on_gpu)
+        loader = DataLoader(
+            dataset,
+            batch_size=self.args.batch_size,
+            num_workers=self.args.workers,
+            pin_memory=on_gpu,
+            worker_init_fn=heed_parent_only,
+        )
+        for batch in loader:
+            if self.interrupted():
+                raise UserError(f"{_INTERRUPTED}; the epoch is evaluated when it goes on")
+            yield batch
 
 
 def batched_contrastive_loss(images: Tensor, texts: Tensor, logit_scale: Tensor, batch_size: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -45,6 +46,15 @@ class Interval:
             if batch is None:
                 return
             yield batch
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside, such as writing a checkpoint, is no part of the interval."""
+        paused = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - paused
+        # The device has been idle for a reason of its own.
+        self._last = None
 
     def step_begins(self) -> None:
         """To be called before a step's work is queued, when its batch is there."""

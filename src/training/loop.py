@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +17,27 @@ from tqdm import tqdm
 
 from neuclip.objectives import Output
 from training import garbage
-from training.accumulation import backward_in_micro_batches
+from training.accumulation import (
+    backward_in_micro_batches,
+    random_state_kept,
+    running_statistics_kept,
+    split_batch,
+)
 from training.checkpoint import TrainingState
 from training.data import Batch, TrainLoader
+from training.data_parallel import settle_buckets
 from training.distributed import World
 from training.errors import OneRankError
+from training.finite import FiniteGuard
 from training.interval import Interval
 from training.pixels import Pixels
 from training.precision import Precision
 from training.prefetch import Prefetcher, mover_for
 from training.reporting import Reporter, progress_bar, reduce_metrics
 from training.schedules import LearningRates
+
+if TYPE_CHECKING:
+    from training.boundary import Boundary, Ending
 
 
 @dataclass
@@ -36,6 +47,8 @@ class Training:
     Attributes:
         state: what is learnt. model: state.towers, compiled and distributed as asked for.
         pixels: makes of a batch's images what the towers take.
+        guard: finds what is not finite.
+        has_settled: whether gradients travel as they will until the end of this process (`settle_buckets`).
     """
 
     args: Namespace
@@ -47,6 +60,8 @@ class Training:
     precision: Precision
     reporter: Reporter
     pixels: Pixels
+    guard: FiniteGuard
+    has_settled: bool = False
 
     def encode(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """What a module (`model` or `state.towers`) makes of a batch, wherever it is, as TwoTowers.forward returns it."""
@@ -72,27 +87,48 @@ class Training:
         """[B] int64 on the device, where the batch has keys."""
         return None if batch.keys is None else batch.keys.to(self.world.device, non_blocking=True)
 
+    def settle(self, batch: Batch) -> None:
+        """Pass once through the towers, without a trace, so that every step from here on is rounded alike."""
+        if not self.has_settled and self.world.size > 2:
+            first = split_batch(batch, self.args.accum_freq)[0]
+            with random_state_kept(self.world.device), running_statistics_kept(self.state.towers):
+                settle_buckets(self.model, lambda: self.encode(self.model, first))
+        self.has_settled = True
+
     def batches(self, on_host: Iterator[Batch]) -> Prefetcher:
         """The same batches with their keys checked, on the device already where that is a GPU and a batch fits."""
         return Prefetcher(on_host, self.check_keys, mover_for(self.world.device, self.args.accum_freq))
 
 
-def train_one_epoch(training: Training, epoch: int) -> None:
-    """Go once through the training data; `epoch` counts from 0."""
+def train_one_epoch(
+    training: Training, epoch: int, first_step: int = 0, boundary: Boundary | None = None
+) -> Ending | None:
+    """Go once through the training data.
+
+    Args:
+        epoch: counts from 0.
+        first_step: steps of this epoch already taken, when a run goes on within it. The random state is left as it is then.
+        boundary: is asked after every step but the epoch's last whether something is due, or the run is to end.
+
+    Returns:
+        Why the run is to end before the epoch does; None if the epoch is through.
+    """
     args, state = training.args, training.state
-    _seed(args.seed, epoch, training.world.rank)
+    if first_step == 0:
+        _seed(args.seed, epoch, training.world.rank)
     training.model.train()
     state.objective.start_epoch(epoch)
     steps = training.loader.steps_per_epoch
     interval = Interval(on_gpu=training.world.device.type == "cuda")
-    bar = progress_bar(training.world, steps, f"epoch {epoch + 1}/{args.epochs}")
+    bar = progress_bar(training.world, steps, f"epoch {epoch + 1}/{args.epochs}", first_step)
     with bar, _profiler(args, training.world, epoch, steps) as profiler:
         batches = training.batches(interval.timed(training.loader.epoch(epoch)))
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(batches, first_step):
             is_logged = index == 0 or (index + 1) % args.log_every_n_steps == 0 or index + 1 == steps
             state.objective.report = is_logged
             training.rates.set(state.step)
             state.objective.temperature_lr = training.rates.temperature(state.step)
+            training.settle(batch)
             interval.step_begins()
             output = training_step(training, batch)
             interval.step_ends()
@@ -104,29 +140,38 @@ def train_one_epoch(training: Training, epoch: int) -> None:
                 profiler.step()
             if is_logged:
                 _log(training, epoch, index, output, interval, bar)
-                if index == 0:
-                    # Here, and not before, there is everything that stays: optimizer state, workspaces, what the first step
-                    # imported or compiled.
-                    garbage.freeze_once()
                 interval.restart()
+            # Once, after the first step: now, and not before, there is everything that stays: optimizer state, workspaces,
+            # what the first step imported or compiled.
+            garbage.freeze_once()
+            ending = None if boundary is None else boundary.after_step(index + 1, interval)
+            if ending is not None:
+                return ending
+    return None
 
 
 def training_step(training: Training, batch: Batch) -> Output:
     """Forward, objective, backward, clip, optimizer, clamp: one update. With adamw and sgd nothing waits for the device."""
-    state = training.state
+    state, guard = training.state, training.guard
     if training.args.accum_freq > 1:
         output = backward_in_micro_batches(training, batch)
     else:
         keys = training.keys_of(batch)
-        output = state.objective(*training.encode(training.model, batch), keys)
-        state.scaler.scale(output.loss).backward()
+        encoded = training.encode(training.model, batch)
+        output = state.objective(*encoded, keys)
+        start = guard.gradient_of_loss(output.loss, *encoded[:2])
+        state.scaler.scale(output.loss).backward(start)
+    norm = None
     if training.args.grad_clip_norm is not None:
         state.scaler.unscale_(state.optimizer)
-        nn.utils.clip_grad_norm_(state.towers.parameters(), training.args.grad_clip_norm)
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
+        norm = nn.utils.clip_grad_norm_(state.towers.parameters(), training.args.grad_clip_norm)
+    temperature = (-state.towers.model.logit_scale.detach()).exp()
+    if guard.may_update(norm):
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     state.towers.clamp_logit_scale()
+    guard.step_done(state.step, temperature, output.log_normalizers, batch.keys)
     return output
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import time
+import traceback
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,33 +15,46 @@ if not __package__:
     # Started as a file: its own folder, first on the path, would hide packages that share a name with our modules.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch.distributed as dist
+import torch
 
 from neuclip.objectives import OBJECTIVES
 from training import distributed, garbage
 from training.assembly import assemble, objective_of_run, open_data
-from training.atomic_files import write_atomically
 from training.bench_data import bench_data
-from training.checkpoint import TrainingState, newest_checkpoint, read_checkpoint, remove_leftovers
+from training.boundary import Boundary, Ending
+from training.checkpoint import Continuation, newest_checkpoint, read_checkpoint, remove_leftovers
+from training.checkpoint_writer import CheckpointWriter
 from training.data import check_train_data
 from training.distributed import World
 from training.errors import OneRankError, UserError
 from training.evaluate import Evaluator
+from training.failures import FailureWatch
+from training.finite import NonFiniteLog
 from training.loop import Training, train_one_epoch
 from training.model import build_model, check_model, copy_model_configs
 from training.params import data_config, parse_args
 from training.plan import plan_lines
+from training.preemption import EXIT_INTERRUPTED, Signals, requeue_job
+from training.random_state import set_rng_state
+from training.remote_sync import RemoteSync, fetch_newest
 from training.reporting import Reporter, log_to_file, start_logging
-from training.run_folder import RunFolder, default_name
-from training.table_files import remove_unused, save_tables
+from training.run_folder import RunFolder, cut_back, default_name
+from training.saving import Saver
 
 # A mistake in the flags is found by every rank on its own. The others leave time for rank 0 to say it: slurm ends all tasks
 # when the first one fails.
 _SECONDS_FOR_RANK_0 = 10.0
+MISTAKE = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as the command line says. Returns the exit status: 0, or 2 after a user's mistake (one line on stderr)."""
+    """Train as the command line says.
+
+    Returns:
+        The exit status: 0; 2 after a user's mistake (one line on stderr); 75 when the run was interrupted and can go on with
+        --resume latest; 1 when it ended itself for another reason (the log's last line).
+    """
+    started = time.monotonic()
     rank = distributed.environment()[0]
     try:
         args = parse_args(argv)
@@ -48,28 +63,54 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(_SECONDS_FOR_RANK_0)
-        return 2
+        return MISTAKE
+
+    def before_training(asked: signal.Signals) -> None:
+        if args.requeue_on_signal and asked == signal.SIGUSR1 and rank == 0:
+            requeue_job()
+
+    with Signals(before_training) as signals:
+        return _run(args, signals, started)
+
+
+def _run(args: Namespace, signals: Signals, started: float) -> int:
+    failures = None
     try:
-        world = distributed.connect(args.device, args.dist_backend, args.dist_url, args.dist_timeout)
+        world = distributed.connect(args.device, args.dist_backend, args.dist_url, args.dist_timeout, args.eval_timeout)
         start_logging(world, args.debug)
+        failures = FailureWatch(world, args.dist_url)
+        status = 0
         if args.bench_data is None:
-            train(args, world)
+            status = train(args, world, signals, started)
         else:
             bench_data(args, world)
     except UserError as error:
-        # Without a process group this rank may be the only one that knows; with one, all ranks have the same message, or it
-        # says that they have not.
-        if rank == 0 or not dist.is_initialized() or isinstance(error, OneRankError):
+        if isinstance(error, OneRankError) and failures is not None and world.size > 1:
+            failures.end_all(f"error: {error}", MISTAKE)
+        # Without a process group this rank may be the only one that knows; with one, all ranks have the same message.
+        rank = distributed.environment()[0]
+        if rank == 0 or failures is None or isinstance(error, OneRankError):
             where = "" if rank == 0 else f"[rank {rank}] "
             print(f"{where}error: {error}", file=sys.stderr, flush=True)
-        return 2
-    # Only after success: leaving the group waits for the other ranks, and after an error they may wait for this one.
+        return MISTAKE
+    except Exception:
+        if failures is None or world.size == 1:
+            raise
+        failures.end_all(traceback.format_exc(), status=1)
+    # Only when all is well: leaving the group waits for the other ranks, and after an error they may wait for this one.
+    failures.close()
     distributed.disconnect()
-    return 0
+    return status
 
 
-def train(args: Namespace, world: World) -> None:
+def train(args: Namespace, world: World, signals: Signals, started: float) -> int:
     """The whole run, from resolved flags to the last checkpoint.
+
+    Args:
+        signals: by which it may be asked to end. started: time.monotonic() at the start, from which --max-hours counts.
+
+    Returns:
+        The exit status.
 
     Raises:
         UserError: a mistake in the flags or files, on all ranks together and before the first step.
@@ -85,31 +126,104 @@ def train(args: Namespace, world: World) -> None:
     objective = world.check_together(lambda: objective_of_run(args, world, bundle, loader))
     # Not a check: ranks talk to each other in it. What it refuses, it refuses on all of them.
     training = assemble(args, world, bundle, loader, reporter, objective)
-    state = training.state
-    evaluator = world.check_together(lambda: Evaluator(args, bundle, world, training.precision))
-    # One rank chooses, so that all go on from the same file.
-    checkpoint = world.from_main(
-        world.check_together(lambda: _checkpoint_to_resume(args, folder) if world.is_main else None)
+    evaluator = world.check_together(
+        lambda: Evaluator(args, bundle, world, training.precision, lambda: signals.received is not None)
     )
-    if checkpoint is not None:
-        world.check_together(lambda: state.load(read_checkpoint(checkpoint), checkpoint, args.model))
-        logging.info("resumed from %s: epoch %d, step %d", checkpoint, state.epoch, state.step)
-        state.follow_schedule(loader.steps_per_epoch)
+    saver = Saver(folder, training, *world.check_together(lambda: _outlets(args, folder, world)))
+    first_step = _resume(args, folder, training, saver)
     world.check_together(lambda: _write_plan(args, world, folder, training))
+    boundary = Boundary(training, saver, signals, NonFiniteLog(folder.path / "nonfinite.jsonl"), started)
+    signals.armed = True
+    with garbage.thawed_at_the_end():
+        ending = _epochs(training, evaluator, saver, boundary, folder, first_step)
+    saver.close()
+    reporter.close()
+    return 0 if ending is None else _end(args, world, ending)
 
-    if world.from_main(state.epoch > 0 and not folder.has_results(state.epoch)):
+
+def _epochs(
+    training: Training, evaluator: Evaluator, saver: Saver, boundary: Boundary, folder: RunFolder, first_step: int
+) -> Ending | None:
+    """From where the run stands to its last epoch, or to where it has to end."""
+    args, state, world = training.args, training.state, training.world
+    if first_step == 0 and world.from_main(state.epoch > 0 and not folder.has_results(state.epoch)):
         # The last run ended between saving this epoch and evaluating it.
         _evaluate(training, evaluator)
     if state.epoch >= args.stop_epochs:
         logging.info("nothing to do: epoch %d of %d is done", state.epoch, args.stop_epochs)
-    with garbage.thawed_at_the_end():
-        for epoch in range(state.epoch, args.stop_epochs):
-            train_one_epoch(training, epoch)
-            state.epoch = epoch + 1
-            # Saved before it is evaluated: an evaluation that fails must not cost the epoch.
-            _save(args, folder, state, world)
+    for epoch in range(state.epoch, args.stop_epochs):
+        ending = train_one_epoch(training, epoch, first_step, boundary)
+        if ending is not None:
+            return ending
+        first_step = 0
+        state.epoch = epoch + 1
+        # Saved before it is evaluated: an evaluation that fails must not cost the epoch.
+        saver.after_epoch(boundary.save_is_due)
+        ending = boundary.after_epoch()
+        saver.finish_report()
+        if ending is None:
             _evaluate(training, evaluator)
-    training.reporter.close()
+            ending = boundary.after_evaluation()
+        if ending is not None:
+            return ending
+    return None
+
+
+def _end(args: Namespace, world: World, ending: Ending) -> int:
+    if world.is_main:
+        said = logging.warning if ending.status == EXIT_INTERRUPTED else logging.error
+        said("%s: ended with status %d", ending.reason, ending.status)
+        if ending.status == EXIT_INTERRUPTED and args.requeue_on_signal and ending.requeues:
+            requeue_job()
+    return ending.status
+
+
+def _resume(args: Namespace, folder: RunFolder, training: Training, saver: Saver) -> int:
+    """Load the checkpoint that --resume names; returns the step of the epoch at which the run goes on.
+
+    Raises:
+        UserError: there is none such, or it does not fit; on all ranks together.
+    """
+    world, state, loader = training.world, training.state, training.loader
+    # One rank chooses, so that all go on from the same file.
+    checkpoint = world.from_main(
+        world.check_together(lambda: _checkpoint_to_resume(args, folder) if world.is_main else None)
+    )
+    if checkpoint is None:
+        return 0
+    there = world.check_together(lambda: state.load(read_checkpoint(checkpoint), checkpoint, args.model))
+    within = there is not None and there.step_in_epoch > 0
+    first_step = world.check_together(lambda: loader.resume_at(there.data if within else None, state.epoch))
+    state.follow_schedule(loader.steps_per_epoch, first_step)
+    if within:
+        _restore_generators(args, training, there, first_step)
+        saver.resume_report(there.data_report)
+    if world.is_main:
+        logging.info("resumed from %s: epoch %d, step %d", checkpoint, state.epoch, state.step)
+        for path in (folder.metrics, folder.results):
+            cut_back(path, state.step)
+    return first_step
+
+
+def _restore_generators(args: Namespace, training: Training, there: Continuation, first_step: int) -> None:
+    world, state = training.world, training.state
+    if len(there.rng) == world.size:
+        set_rng_state(there.rng[world.rank], world.device)
+    else:
+        torch.manual_seed(((args.seed * 1_000_003 + state.epoch) * 1_000_003 + first_step) * 100_003 + world.rank)
+
+
+def _outlets(args: Namespace, folder: RunFolder, world: World) -> tuple[CheckpointWriter, RemoteSync | None]:
+    """What writes checkpoints, and what copies them elsewhere: on rank 0."""
+    sync = RemoteSync(args.remote_sync, folder) if args.remote_sync and world.is_main else None
+    writer = CheckpointWriter(
+        folder.checkpoints,
+        in_background=args.save_in_background,
+        keep_last=args.keep_last,
+        delete_previous=args.delete_previous_checkpoint,
+        on_saved=None if sync is None else sync.changed,
+    )
+    return writer, sync
 
 
 def _evaluate(training: Training, evaluator: Evaluator) -> None:
@@ -150,36 +264,11 @@ def _checkpoint_to_resume(args: Namespace, folder: RunFolder) -> Path | None:
     if args.resume != "latest":
         return Path(args.resume)
     newest = newest_checkpoint(folder.checkpoints)
+    if newest is None and args.remote_sync:
+        newest = fetch_newest(args.remote_sync, folder)
     if newest is None:
         logging.info("--resume latest: no checkpoint in %s yet, starting anew", folder.checkpoints)
     return newest
-
-
-def _save(args: Namespace, folder: RunFolder, state: TrainingState, world: World) -> None:
-    """Write what is due after an epoch. All ranks hand in their part of the state, rank 0 writes the files."""
-    last = state.epoch == args.stop_epochs
-    due = last or (args.save_frequency > 0 and state.epoch % args.save_frequency == 0)
-    numbered, latest = folder.checkpoints / f"epoch_{state.epoch}.pt", folder.checkpoints / "epoch_latest.pt"
-    paths = [path for path, wanted in ((numbered, due), (latest, args.save_most_recent)) if wanted]
-    if not paths:
-        return
-    tables = save_tables(state.objective, folder.checkpoints, state.step, world)
-    content = state.to_checkpoint(args.name, args.model, tables)
-    if not world.is_main:
-        return
-    for path in paths:
-        write_atomically(path, content)
-        logging.info("saved %s", path)
-    if due and args.delete_previous_checkpoint:
-        _delete_before(state.epoch, folder)
-    remove_unused(folder.checkpoints)
-
-
-def _delete_before(epoch: int, folder: RunFolder) -> None:
-    for path in folder.checkpoints.glob("epoch_*.pt"):
-        number = path.stem.removeprefix("epoch_")
-        if number.isdecimal() and int(number) < epoch:
-            path.unlink()
 
 
 def cli() -> None:

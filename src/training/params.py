@@ -116,7 +116,7 @@ def build_parser() -> ArgumentParser:
         allow_abbrev=False,
     )
     add_objective_arguments(parser)
-    for add_group in (_data, _zero_shot, _model, _locking, _optimization, _run, _logging, _distributed):
+    for add_group in (_data, _zero_shot, _model, _locking, _optimization, _run, _interruptions, _logging, _distributed):
         add_group(parser)
     return parser
 
@@ -165,6 +165,19 @@ def _data(parser: ArgumentParser) -> None:
         const=BENCH_STEPS,
         metavar="STEPS",
         help=f"train nothing: run the loader alone for so many steps ({BENCH_STEPS}) and print where its time goes",
+    )
+    add(
+        "--max-bad-fraction",
+        type=float,
+        metavar="SHARE",
+        help="end the run when more of an epoch's samples are broken (judged from 1,000 on and at its end)",
+    )
+    add(
+        "--data-timeout",
+        type=float,
+        default=900.0,
+        metavar="SECONDS",
+        help="end the run when no batch comes for so long, and say what the first shards hold; 0: wait for ever",
     )
     add("--shuffle-buffer", type=int, default=5000, help="samples per worker among which the next one is drawn")
 
@@ -253,8 +266,33 @@ def _run(parser: ArgumentParser) -> None:
     add("--resume", help="a checkpoint file, or 'latest': the run's newest one if there is any")
     add("--save-frequency", type=int, default=1, help="epochs between checkpoints epoch_N.pt; 0: only the last one")
     add("--save-most-recent", action="store_true", help="also write epoch_latest.pt after every epoch")
+    add("--save-every-n-steps", type=int, help="also save within epochs: iter_S.pt and epoch_latest.pt")
+    add("--save-every-minutes", type=float, help="the same by the clock")
+    add("--save-in-background", action="store_true", help="a step waits for the copy to host memory, not for the disk")
+    add("--strict-save", action="store_true", help="end the run when a checkpoint cannot be written (a full disk, say)")
+    add("--keep-last", type=int, metavar="K", help="keep the newest K iter_S.pt and the newest K epoch_N.pt")
     add("--delete-previous-checkpoint", action="store_true", help="keep only the newest epoch_N.pt")
+    add("--remote-sync", metavar="URL", help="copy checkpoints and logs there, by fsspec: s3://…, gs://…, a folder, …")
     add("--val-frequency", type=int, default=1, help="epochs between evaluations on --val-data; 0: never")
+
+
+def _interruptions(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "interruptions",
+        "SIGUSR1, SIGTERM and SIGINT end a run after its step, with a checkpoint and exit status 75; a second one at once",
+    )
+    group.add_argument(
+        "--requeue-on-signal",
+        action="store_true",
+        help="requeue the slurm job after SIGUSR1 (sbatch --signal=USR1@300) or --max-hours; needs --name, --resume latest",
+    )
+    group.add_argument("--max-hours", type=float, help="end so many hours after the start as after a signal")
+    group.add_argument(
+        "--on-nonfinite",
+        choices=("skip", "stop"),
+        default="skip",
+        help="a loss or gradient that is not finite is never applied; skip: go on after it, stop: end the run",
+    )
 
 
 def _logging(parser: ArgumentParser) -> None:
@@ -273,6 +311,12 @@ def _distributed(parser: ArgumentParser) -> None:
     add("--dist-backend", choices=("nccl", "gloo"), help="nccl on GPUs, gloo on CPUs unless given")
     add("--dist-url", default="env://", help="how ranks find each other, as torch.distributed understands it")
     add("--dist-timeout", type=int, default=1800, help="seconds after which a collective that hangs ends the run")
+    add(
+        "--eval-timeout",
+        type=int,
+        default=14400,
+        help="the same while ranks wait for one that evaluates or writes a checkpoint",
+    )
     add("--ddp-static-graph", action="store_true", help="tell DistributedDataParallel that the graph never changes")
     add(
         "--grad-compression",
@@ -314,6 +358,10 @@ _TEMPERATURE = _Range(lambda value: 0.01 <= value <= 1, "at least 0.01 and at mo
 
 _RANGES = {
     **dict.fromkeys(("epochs", "log_every_n_steps", "val_num_samples", "dist_timeout", "epochs_cooldown"), _COUNT),
+    **dict.fromkeys(("eval_timeout", "save_every_n_steps", "keep_last"), _COUNT),
+    **dict.fromkeys(("save_every_minutes", "max_hours"), _POSITIVE),
+    "data_timeout": _NOT_NEGATIVE,
+    "max_bad_fraction": _SHARE,
     **dict.fromkeys(("warmup", "save_frequency", "val_frequency", "zeroshot_frequency"), _NOT_NEGATIVE),
     **dict.fromkeys(("wd", "eps", "lr_min", "lr_tau", "lr_cooldown_end", "lr_cooldown_power"), _NOT_NEGATIVE),
     **dict.fromkeys(("lock_image_unlocked_groups", "lock_text_unlocked_layers"), _NOT_NEGATIVE),
@@ -352,6 +400,8 @@ def _check(args: Namespace) -> None:
     for path in args.model_config:
         if not Path(path).exists():
             raise UserError(f"--model-config {path} does not exist: give a json file or a folder of them")
+    if args.requeue_on_signal and (args.name is None or args.resume != "latest"):
+        raise UserError("--requeue-on-signal starts the same command again: add --name RUN and --resume latest")
     if args.resume == "latest" and args.name is None:
         raise UserError("--resume latest looks into the run's folder: say which run by --name")
     if args.name is not None and (Path(args.name).name != args.name or args.name == ".."):

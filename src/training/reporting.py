@@ -116,14 +116,21 @@ class Reporter:
             self.wandb.log({**named, "step": step})
 
 
-def progress_bar(world: World, total: int, description: str) -> tqdm:
+def progress_bar(world: World, total: int, description: str, done: int = 0) -> tqdm:
     """A bar on rank 0's terminal; nothing when the output goes to a file."""
     disable = None if world.is_main else True
     # tqdm would start a thread of its own here. A process that is forked (a loader's worker) in the moment a thread starts can
     # hang for good inside CPython 3.11, on a lock of the interpreter that the thread held.
     tqdm.monitor_interval = 0
     return tqdm(
-        total=total, desc=description, unit="step", disable=disable, leave=False, dynamic_ncols=True, file=sys.stdout
+        total=total,
+        initial=done,
+        desc=description,
+        unit="step",
+        disable=disable,
+        leave=False,
+        dynamic_ncols=True,
+        file=sys.stdout,
     )
 
 

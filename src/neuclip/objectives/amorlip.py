@@ -132,19 +132,21 @@ class AmorLIP(Objective):
             log_normalizers = distributed.all_gather(estimates, dim=1)
             pairs = weighted_pairs(batch, log_normalizers - positive, logit_scale)
             value, gradients = self._value_and_gradients(batch, pairs, estimates, positive[batch.local], logit_scale)
+            alpha = (estimates - positive[batch.local] - math.log(batch.size - 1)).detach()
         inputs: tuple[Tensor, ...] = (image_features, text_features, logit_scale)
         if logit_bias is not None:
             inputs = (*inputs, logit_bias)
         loss = with_gradients(value, inputs, gradients[: len(inputs)])
+        output = Output(loss, log_normalizers=alpha)
         if not self.report:
-            return Output(loss)
+            return output
         with torch.no_grad():
-            alpha = estimates - positive[batch.local] - math.log(batch.size - 1)
             metrics = common_metrics(batch, log_means, log_means, alpha, logit_scale, self.settings.rho)
             metrics |= {name: value.to(loss.dtype) for name, value in fit_losses.items()}
             metrics["z_beta"] = logit_scale.new_full((), self.previous_weight)
             metrics["rho"] = logit_scale.new_full((), self.rho)
-            return Output(loss, metrics)
+        output.metrics = metrics
+        return output
 
     def _fit(
         self, batch: GlobalBatch, log_means: Tensor, positive: Tensor, logit_scale: Tensor

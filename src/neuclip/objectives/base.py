@@ -53,10 +53,13 @@ class Output:
         loss: 0-dim; its gradient, averaged over the ranks, is the gradient of the objective on the global batch.
         metrics: 0-dim tensors without gradient, on the features' device. To be averaged over the ranks, except names that
             end in `_max`, of which the maximum counts. Empty while `Objective.report` is False.
+        log_normalizers: the method's α of the batch, without gradient, of any shape; None where a method has none or does
+            not form them. There in every step, for whoever looks into one that went wrong.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    log_normalizers: Tensor | None = None
 
 
 ArgumentAdder = Callable[[_ArgumentGroup], None]

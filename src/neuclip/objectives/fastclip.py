@@ -179,14 +179,13 @@ class FastCLIP(Objective):
             averages = self._average(batch, remembered, logit_scale)
             pairwise = pairwise_gradient(batch, averages.log_u, logit_scale)
             self._remember(all_keys, averages.log_u, remembered[:2])
-            value, scale_gradient = self._value_and_scale_gradient(
-                pairwise, averages.log_u[:, batch.local], logit_scale
-            )
+            own_log_u = averages.log_u[:, batch.local]
+            value, scale_gradient = self._value_and_scale_gradient(pairwise, own_log_u, logit_scale)
             # dh/ds = 1/τ, which pairwise_gradient lets cancel the factor τ.
             gradient = pairwise.features if self.multiply_tau else pairwise.features * logit_scale
         inputs = (image_features, text_features, logit_scale)
         loss = with_gradients(value, inputs, (gradient[0], gradient[1], scale_gradient))
-        return Output(loss, self._metrics(batch, averages, logit_scale) if self.report else {})
+        return Output(loss, self._metrics(batch, averages, logit_scale) if self.report else {}, own_log_u)
 
     def _look_up(
         self, image_features: Tensor, text_features: Tensor, keys: Tensor | None
@@ -277,11 +276,11 @@ class IndividualFastCLIP(FastCLIP):
             scale_gradient = torch.zeros_like(logit_scale)
         inputs = (image_features, text_features, logit_scale)
         loss = with_gradients(value, inputs, (pairwise.features[0], pairwise.features[1], scale_gradient))
-        if not self.report:
-            return Output(loss)
-        metrics = self._metrics(batch, averages, logit_scales[:, batch.local])
-        metrics["lr_tau"] = value.new_full((), self.temperature_lr)
-        return Output(loss, metrics)
+        output = Output(loss, log_normalizers=averages.log_u[:, batch.local])
+        if self.report:
+            output.metrics = self._metrics(batch, averages, logit_scales[:, batch.local])
+            output.metrics["lr_tau"] = value.new_full((), self.temperature_lr)
+        return output
 
     def _adam(self, columns: Tensor, gradient: Tensor) -> Tensor:
         """Temperatures and moments after one step, [6, N]; `columns` [6, N] before, `gradient` [2, N]."""

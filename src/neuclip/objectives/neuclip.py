@@ -131,14 +131,16 @@ class NeuCLIP(Objective):
         inputs = (image_features, text_features, logit_scale, *learnt.parameters)
         gradients = (pairwise.features[0], pairwise.features[1], scale_gradient, *learnt.gradients)
         loss = with_gradients(value, inputs, gradients)
+        output = Output(loss, log_normalizers=own)
         if not self.report:
-            return Output(loss)
+            return output
         with torch.no_grad():
             # The NPN's own prediction is reported, before the batch's estimate is mixed in.
             estimate, alpha = (x[:, batch.local] for x in (log_estimate, learnt.log_normalizers))
             metrics = common_metrics(batch, log_means, estimate, alpha, logit_scale, self.rho)
             metrics["gamma"] = logit_scale.new_full((), gamma)
-            return Output(loss, metrics | learnt.metrics)
+            output.metrics = metrics | learnt.metrics
+        return output
 
     def _value_and_scale_gradient(
         self, pairwise: PairwiseGradient, log_normalizers: Tensor, logit_scale: Tensor

@@ -1,0 +1,189 @@
+"""What is due between two steps: checkpoints, and the end of a run that was asked to end. All ranks decide alike."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from typing import NamedTuple
+
+from training.agreement import Agreement
+from training.finite import HOPELESS_STEPS, Finding, NonFiniteLog, describe
+from training.interval import Interval
+from training.loop import Training
+from training.preemption import EXIT_INTERRUPTED, Signals
+from training.saving import Saver
+
+FAILED = 1
+# Fewer samples say nothing about the data: the first one may be broken.
+FEWEST_JUDGED = 1000
+_NUMBERS = (
+    *("warned", "asked", "hours", "minutes", "busy", "save_failed"),
+    *("bad", "looked_at", "findings", "hopeless"),
+)
+
+
+class Ending(NamedTuple):
+    """Why and how a run ends before its last step.
+
+    Attributes:
+        reason: for the log.
+        status: exit status.
+        saves: whether its state is worth a checkpoint.
+        requeues: whether the slurm job may go back into the queue.
+    """
+
+    reason: str
+    status: int
+    saves: bool
+    requeues: bool = False
+
+
+class Boundary:
+    """Asked by the loop after every step.
+
+    Args:
+        started: time.monotonic() of the run's start, from which --max-hours counts.
+        clock: seconds, as time.monotonic().
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        saver: Saver,
+        signals: Signals,
+        nonfinite: NonFiniteLog,
+        started: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._args: Namespace = training.args
+        self._training = training
+        self._world = training.world
+        self._saver = saver
+        self._signals = signals
+        self._nonfinite = nonfinite
+        self._clock = clock
+        self._started = started
+        self._saved_at = clock()
+        self._agreement = Agreement(training.world, _NUMBERS)
+        self._untold: list[Finding] = []
+        self._save_is_due = False
+
+    def after_step(self, steps_done: int, interval: Interval) -> Ending | None:
+        """Save if that is due; returns an ending if the run is to end here, its checkpoint written.
+
+        Args:
+            steps_done: of the present epoch. After its last step nothing is done but to remember what is due: the epoch's
+                own checkpoint follows.
+        """
+        every = self._args.save_every_n_steps
+        if every and self._training.state.step % every == 0:
+            self._save_is_due = True
+        sums = self._agreement.exchange(self._numbers(steps_done))
+        self._save_is_due |= sums["minutes"] > 0
+        if sums["findings"]:
+            self._tell_findings()
+        if steps_done == self._training.loader.steps_per_epoch:
+            return None
+        ending = self._ending(sums)
+        if ending is None and self._save_is_due and not sums["busy"]:
+            with interval.paused():
+                self._saver.within_epoch(steps_done, numbered=True)
+            self._saved()
+        elif ending is not None and ending.saves:
+            with interval.paused():
+                self._saver.within_epoch(steps_done, numbered=self._save_is_due, last=True)
+        return ending
+
+    def after_epoch(self) -> Ending | None:
+        """The same after an epoch, whose checkpoint has been written; waits for all ranks."""
+        self._saved()
+        return self._settle()
+
+    def after_evaluation(self) -> Ending | None:
+        """The same once more: an evaluation takes a while. A signal breaks it off, and it is made up for on resuming."""
+        return self._settle()
+
+    def _settle(self) -> Ending | None:
+        sums = self._agreement.settle(self._numbers(self._training.loader.steps_per_epoch))
+        if sums["findings"]:
+            self._tell_findings()
+        if self._training.state.epoch >= self._args.stop_epochs:
+            sums["hours"] = 0  # There is nothing left to go on with.
+        return self._ending(sums, whole_epoch=True)
+
+    @property
+    def save_is_due(self) -> bool:
+        """Whether a checkpoint by steps or minutes has become due with the epoch's last step."""
+        return self._save_is_due
+
+    def _saved(self) -> None:
+        self._save_is_due = False
+        self._saved_at = self._clock()
+
+    def _numbers(self, steps_done: int) -> dict[str, int]:
+        self._untold += self._training.guard.findings(wait=steps_done == self._training.loader.steps_per_epoch)
+        counts = self._training.loader.counts(steps_done)
+        bad = sum(counts.problems.values())
+        received = self._signals.received
+        now, main = self._clock(), self._world.is_main
+        hours, minutes = self._args.max_hours, self._args.save_every_minutes
+        return {
+            "warned": received == signal.SIGUSR1,
+            "asked": received is not None and received != signal.SIGUSR1,
+            # Clocks differ: rank 0's counts.
+            "hours": main and hours is not None and now - self._started >= 3600 * hours,
+            "minutes": main and minutes is not None and now - self._saved_at >= 60 * minutes,
+            "busy": self._saver.busy,
+            "save_failed": self._args.strict_save and self._saver.failed,
+            "bad": bad,
+            "looked_at": bad + counts.good,
+            "findings": len(self._untold),
+            "hopeless": self._training.guard.in_a_row >= HOPELESS_STEPS,
+        }
+
+    def _ending(self, sums: dict[str, int], whole_epoch: bool = False) -> Ending | None:
+        if sums["save_failed"]:
+            return Ending("a checkpoint could not be written and --strict-save is given", FAILED, saves=False)
+        if sums["findings"] and self._args.on_nonfinite == "stop":
+            return Ending(
+                "a loss or gradient was not finite and --on-nonfinite stop is given; the last checkpoint is from before",
+                FAILED,
+                saves=False,
+            )
+        if sums["hopeless"]:
+            return Ending(
+                f"{HOPELESS_STEPS} steps in a row had a loss or gradient that is not finite: lower --lr, add "
+                "--grad-clip-norm, or look into the keys in nonfinite.jsonl",
+                FAILED,
+                saves=False,
+            )
+        if self._is_too_bad(sums, whole_epoch):
+            summary = self._saver.report().summary()
+            limit = f"--max-bad-fraction {self._args.max_bad_fraction:g}"
+            return Ending(f"more of the data is broken than {limit} allows\n{summary}", FAILED, saves=True)
+        if sums["warned"] or sums["asked"] or sums["hours"]:
+            what = "--max-hours are over" if sums["hours"] else "asked to end by a signal"
+            # Not after SIGTERM: that is also how a job is cancelled, and a preempted job slurm requeues itself.
+            return Ending(what, EXIT_INTERRUPTED, saves=True, requeues=not sums["asked"])
+        return None
+
+    def _is_too_bad(self, sums: dict[str, int], whole_epoch: bool) -> bool:
+        limit = self._args.max_bad_fraction
+        if limit is None or not (whole_epoch or sums["looked_at"] >= FEWEST_JUDGED):
+            return False
+        return sums["bad"] > limit * sums["looked_at"]
+
+    def _tell_findings(self) -> None:
+        """All ranks come here together, since all have the same sums."""
+        everyone = [finding for share in self._world.gather(self._untold) for finding in share]
+        self._untold = []
+        if not everyone:
+            return
+        if self._args.on_nonfinite == "stop" and self._world.is_main:
+            first = min(finding.step for finding in everyone)
+            logging.error(describe([finding for finding in everyone if finding.step == first]))
+        if self._world.is_main:
+            self._nonfinite.add(everyone)

@@ -1,0 +1,139 @@
+"""A run's checkpoints: what goes into them is gathered from all ranks, rank 0 writes."""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+
+import torch
+
+from training.checkpoint import LATEST, Continuation
+from training.checkpoint_writer import CheckpointWriter
+from training.data import Counts, DataReport
+from training.errors import UserError
+from training.loop import Training
+from training.random_state import rng_state
+from training.remote_sync import RemoteSync
+from training.run_folder import RunFolder
+from training.table_files import save_tables
+
+
+class Saver:
+    """Writes a run's checkpoints. All ranks call it alike.
+
+    Args:
+        sync: where files are copied to, None for nowhere. Rank 0's.
+
+    Attributes:
+        failed: whether a checkpoint could not be written (known on the rank where it happened).
+    """
+
+    def __init__(
+        self, folder: RunFolder, training: Training, writer: CheckpointWriter, sync: RemoteSync | None
+    ) -> None:
+        self._args: Namespace = training.args
+        self._folder = folder
+        self._training = training
+        self._world = training.world
+        self._writer = writer
+        self._sync = sync
+        self._tables_failed = False
+        # What an interrupted process counted in the present epoch, on rank 0.
+        self._before: DataReport = DataReport()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is still being written in the background."""
+        return self._writer.busy
+
+    @property
+    def failed(self) -> bool:
+        """Whether a checkpoint could not be written."""
+        return self._tables_failed or self._writer.error is not None
+
+    def within_epoch(self, steps_done: int, numbered: bool, last: bool = False) -> None:
+        """Write epoch_latest.pt, and iter_S.pt if `numbered`.
+
+        Args:
+            steps_done: of the present epoch.
+            last: the process ends after this: wait until it is written.
+        """
+        if last:
+            self._writer.wait()
+        names = [f"iter_{self._training.state.step}.pt", LATEST] if numbered else [LATEST]
+        self._save(names, steps_done)
+        if last:
+            self._writer.wait()
+
+    def after_epoch(self, numbered: bool) -> None:
+        """Write what is due after an epoch, `state.epoch` being counted up already.
+
+        Args:
+            numbered: whether iter_S.pt is due as well.
+        """
+        args, state = self._args, self._training.state
+        is_last = state.epoch == args.stop_epochs
+        names = []
+        if is_last or (args.save_frequency > 0 and state.epoch % args.save_frequency == 0):
+            names.append(f"epoch_{state.epoch}.pt")
+        if numbered:
+            names.append(f"iter_{state.step}.pt")
+        if numbered or args.save_most_recent or args.save_every_n_steps or args.save_every_minutes:
+            names.append(LATEST)
+        if names:
+            self._writer.wait()
+            self._save(names, steps_done=0)
+        if is_last:
+            self._writer.wait()
+
+    def close(self) -> None:
+        """Until everything is written and copied."""
+        self._writer.close()
+        if self._sync is not None:
+            self._sync.finish()
+
+    def report(self) -> DataReport:
+        """What became of the present epoch's samples, over all ranks and interrupted processes."""
+        return self._report(self._training.loader.steps_per_epoch)
+
+    def resume_report(self, state: dict) -> None:
+        """Go on counting from a checkpoint's "data_report"."""
+        self._before = DataReport.from_state(state)
+
+    def finish_report(self) -> None:
+        """Write the epoch's entry of data_report.json and begin to count anew; `state.epoch` is counted up already."""
+        report = self.report()
+        self._before = DataReport()
+        if self._world.is_main:
+            try:
+                report.write(self._folder.path / "data_report.json", self._training.state.epoch)
+            except OSError as error:
+                logging.error("data_report.json cannot be written: %s", error.strerror)
+            if report.bad:
+                logging.warning("epoch %d: %s", self._training.state.epoch, report.summary())
+
+    def _report(self, steps_done: int) -> DataReport:
+        report = DataReport.from_state(self._before.state())
+        for counts in self._world.gather(tuple(self._training.loader.counts(steps_done))):
+            report.add(Counts(*counts))
+        return report
+
+    def _save(self, names: list[str], steps_done: int) -> None:
+        """steps_done: 0 when `state.epoch` epochs are whole."""
+        args, training, state = self._args, self._training, self._training.state
+        try:
+            tables = save_tables(state.objective, self._folder.checkpoints, state.step, self._world)
+        except (OSError, UserError) as error:
+            logging.error("cannot save %s: its tables cannot be written (%s); training goes on", names[0], error)
+            self._tables_failed = True
+            return
+        self._tables_failed = False
+        generators = self._world.gather(rng_state(self._world.device))
+        there = Continuation(steps_done, training.loader.steps_per_epoch, generators)
+        if steps_done:
+            places = self._world.gather(training.loader.place(steps_done))
+            there.data = training.loader.state(torch.stack(places), steps_done)
+            there.data_report = self._report(steps_done).state()
+        content = state.to_checkpoint(args.name, args.model, tables, there)
+        if self._world.is_main:
+            self._writer.save(names, content, {"epoch": state.epoch, "step": state.step})
