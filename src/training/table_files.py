@@ -15,14 +15,14 @@ import logging
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from neuclip.normalizers import ShardedTable
 from neuclip.objectives import Objective
-from training.atomic_files import write_atomically
+from training.atomic_files import read_sidecar, write_atomically
 from training.distributed import World
 from training.errors import UNREADABLE, UserError, reason_of
 
@@ -41,6 +41,11 @@ def large_tables(objective: Objective) -> dict[str, ShardedTable]:
     }
 
 
+def describe_tables(objective: Objective) -> dict[str, int]:
+    """The rows that each large table has on all ranks together, by its name: what a checkpoint says of them."""
+    return {name: table.rows for name, table in large_tables(objective).items()}
+
+
 def save_tables(objective: Objective, checkpoints: Path, step: int, world: World) -> str | None:
     """Write all parts. Every rank calls it; when it returns, all have written theirs.
 
@@ -48,13 +53,25 @@ def save_tables(objective: Objective, checkpoints: Path, step: int, world: World
         The name of the folder within `checkpoints`; None if there is nothing to write.
 
     Raises:
-        OSError: a part cannot be written (on that rank; UserError on the others).
+        OSError: a part cannot be written; on all ranks, with what the first of them was told by its file system. What the
+            others wrote is removed with the next checkpoint (`remove_unused`).
     """
     tables = large_tables(objective)
     if not tables:
         return None
     folder = checkpoints / world.from_main(f"tables-{step}-{secrets.token_hex(4)}")
-    world.check_together(lambda: _write_parts(tables, folder))
+
+    def write() -> None:
+        try:
+            _write_parts(tables, folder)
+        except OSError as error:
+            raise UserError(f"cannot save {folder}: {error.strerror or error}") from error
+
+    try:
+        world.check_together(write)
+    except UserError as error:
+        # An error of one rank's machine, no mistake of the user's, and one that training may survive.
+        raise OSError(str(error)) from error
     return folder.name
 
 
@@ -79,12 +96,48 @@ def load_tables(objective: Objective, folder: Path) -> None:
             )
 
 
-def remove_unused(checkpoints: Path) -> None:
+def missing_parts(folder: Path, rows: dict[str, int] | None) -> str | None:
+    """What is wrong with a folder of tables, in words; None if all parts are there and as long as they were written.
+
+    Args:
+        rows: of each table (`describe_tables`); None where the checkpoint does not say, being of an older version.
+    """
+    found = {match["name"] for path in folder.glob("*.pt") if (match := _PART.fullmatch(path.name))}
+    if not found:
+        return f"its per-sample tables in {folder} are not there"
+    for name in sorted(found | set(rows or ())):
+        parts = list(_parts(folder, name))
+        expected = 0
+        for path, first, last in parts:
+            if first != expected:
+                break
+            if not _is_complete(path):
+                return f"{path} is not as long as it was written"
+            expected = last + 1
+        end = rows[name] if rows is not None and name in rows else parts[-1][2] + 1
+        if expected != end:
+            return f"its per-sample tables in {folder} end at row {expected} of {end}"
+    return None
+
+
+def table_folders(checkpoints: Path) -> list[Path]:
+    """All folders of tables, needed or not."""
+    return [path for path in checkpoints.glob("tables-*") if path.is_dir()]
+
+
+def remove_unused(checkpoints: Path, among: Sequence[Path] | None = None) -> list[Path]:
     """Remove the tables that no checkpoint names: those of replaced checkpoints, and what a process left that was killed.
 
     Where a checkpoint cannot be read nothing is removed, since nobody knows what it needs.
+
+    Args:
+        among: leave alone all folders but these; None for none. Who removes in the background names those that were there
+            before, since parts of the next checkpoint may be on their way already.
+
+    Returns:
+        The folders that were removed.
     """
-    folders = [path for path in checkpoints.glob("tables-*") if path.is_dir()]
+    folders = table_folders(checkpoints) if among is None else [path for path in among if path.is_dir()]
     needed = set()
     for path in checkpoints.glob("*.pt") if folders else ():
         try:
@@ -92,11 +145,12 @@ def remove_unused(checkpoints: Path) -> None:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except UNREADABLE as error:
             logging.warning("%s cannot be read (%s): no tables are removed", path, reason_of(error))
-            return
+            return []
         needed.add(content.get("tables") if isinstance(content, dict) else None)
-    for folder in folders:
-        if folder.name not in needed:
-            shutil.rmtree(folder)
+    unused = [folder for folder in folders if folder.name not in needed]
+    for folder in unused:
+        shutil.rmtree(folder)
+    return unused
 
 
 def _write_parts(tables: dict[str, ShardedTable], folder: Path) -> None:
@@ -120,6 +174,17 @@ def _parts(folder: Path, name: str) -> Iterator[tuple[Path, int, int]]:
             found.append((int(match["first"]), int(match["last"]), path))
     for first, last, path in sorted(found):
         yield path, first, last
+
+
+def _is_complete(path: Path) -> bool:
+    record = read_sidecar(path)
+    if record is not None:
+        return bool(record["bytes"] == path.stat().st_size)
+    try:
+        _read_part(path)
+    except UserError:
+        return False
+    return True
 
 
 def _read_part(path: Path) -> torch.Tensor:

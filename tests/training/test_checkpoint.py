@@ -15,10 +15,18 @@ from torch import nn
 from end_to_end.runs import flat_tensors
 from neuclip.objectives import OBJECTIVES
 from small_training import SmallModel, make_args, make_batches, make_training
-from training.atomic_files import write_atomically
-from training.checkpoint import TrainingState, newest_checkpoint, read_checkpoint, remove_leftovers
+from training.atomic_files import sidecar_of, verify, write_atomically
+from training.checkpoint import (
+    Continuation,
+    TrainingState,
+    check_whole,
+    newest_checkpoint,
+    read_checkpoint,
+    remove_leftovers,
+)
 from training.errors import UserError
 from training.loop import train_one_epoch
+from training.random_state import rng_state
 
 FLAGS = ("--npn_num_protos", "8", "--npn_restart_iter", "3", "--epochs", "3")
 
@@ -103,7 +111,8 @@ def test_failure_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: 
         write_atomically(path, {"epoch": 2})
     monkeypatch.undo()
     assert read_checkpoint(path) == {"epoch": 1}
-    assert list(tmp_path.iterdir()) == [path]
+    assert {file.name for file in tmp_path.iterdir()} == {"epoch_1.pt", "epoch_1.pt.json"}
+    assert verify(path) is None
 
 
 def test_failure_of_the_first_write_leaves_nothing(tmp_path: Path) -> None:
@@ -118,7 +127,11 @@ def test_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "fsync", lambda file: (events.append("fsync"), fsync(file))[1])
     monkeypatch.setattr(os, "replace", lambda *names: (events.append("replace"), replace(*names))[1])
     write_atomically(tmp_path / "epoch_1.pt", {"epoch": 1})
-    assert events == ["fsync", "replace", "fsync"]
+    # File and sidecar, then each renaming.
+    assert events == ["fsync", "fsync", "replace", "fsync", "replace", "fsync"]
+    write_atomically(tmp_path / "epoch_1.pt", {"epoch": 2})
+    # The old sidecar is gone for good before the file is replaced.
+    assert events[6:] == ["fsync", "fsync", "fsync", "replace", "fsync", "replace", "fsync"]
 
 
 def _refusal(content: Any, state: TrainingState, model: str = "small") -> str:
@@ -278,6 +291,40 @@ def test_newest_checkpoint_passes_over_what_is_broken(tmp_path: Path, caplog: py
     assert str(tmp_path / "epoch_2.pt") in warning
 
 
+@pytest.mark.parametrize("damage", ["cut", "flipped", "foreign"])
+def test_newest_checkpoint_believes_the_sidecar(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in (1, 2, 3):
+        write_atomically(tmp_path / f"epoch_{number}.pt", {"epoch": number, "w": torch.full((100,), 7.0)})
+        _touch(tmp_path / f"epoch_{number}.pt", 100 * number)
+    path = tmp_path / "epoch_3.pt"
+    content = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(content[:-1])
+    elif damage == "flipped":
+        middle = content.index(torch.full((100,), 7.0).numpy().tobytes())
+        path.write_bytes(content[:middle] + b"\x01" + content[middle + 1 :])
+    else:
+        torch.save({"epoch": 17}, path)
+    with caplog.at_level(logging.WARNING):
+        assert newest_checkpoint(tmp_path) == tmp_path / "epoch_2.pt"
+    (warning,) = caplog.messages
+    assert str(path) in warning
+    assert "epoch_3.pt.json" in warning
+    with pytest.raises(UserError, match=r"--resume .*epoch_3\.pt is not whole: it"):
+        check_whole(path)
+    check_whole(tmp_path / "epoch_2.pt")
+    # Put there by hand, on purpose.
+    sidecar_of(path).unlink()
+    assert (newest_checkpoint(tmp_path) == path) == (damage == "foreign")
+
+
+def test_of_one_file_with_two_names_the_numbered_one_is_newest(tmp_path: Path) -> None:
+    for name in ("epoch_latest.pt", "iter_40.pt"):
+        write_atomically(tmp_path / name, {"epoch": 1})
+        _touch(tmp_path / name, 100)
+    assert newest_checkpoint(tmp_path) == tmp_path / "iter_40.pt"
+
+
 def test_newest_checkpoint_ignores_other_files(tmp_path: Path) -> None:
     for name in (".epoch_1.pt.77.tmp", "epoch_best.pt", "weights.pt", "epoch_1.pt.bak"):
         write_atomically(tmp_path / name, {"epoch": 1})
@@ -295,11 +342,65 @@ def test_steps_follow_an_epoch_of_another_length(caplog: pytest.LogCaptureFixtur
     assert "step 4, not 8" in caplog.text
 
 
+def test_steps_within_an_epoch_follow_too(caplog: pytest.LogCaptureFixture) -> None:
+    state = _state(epochs=2)
+    state.step = state.objective.step = 11
+    state.follow_schedule(4, first_step=3)
+    assert (state.step, caplog.messages) == (11, [])
+    state.follow_schedule(8, first_step=6)
+    assert (state.step, state.objective.step) == (22, 22)
+    assert "step 22, not 11" in caplog.text
+
+
+def _midway() -> Continuation:
+    states = [rng_state(torch.device("cpu")) for _ in range(2)]
+    return Continuation(3, 4, states, {"shard": "a.tar", "offsets": [1, 2]}, {"damaged": {"a.tar": 1}})
+
+
+def test_a_run_goes_on_within_an_epoch(tmp_path: Path) -> None:
+    source, saved = _state(epochs=1), _midway()
+    write_atomically(tmp_path / "iter_7.pt", source.to_checkpoint("run", "small", continuation=saved))
+    content = read_checkpoint(tmp_path / "iter_7.pt")
+    assert content["epoch"] == 1
+    assert content["position"] == {"step_in_epoch": 3, "steps_per_epoch": 4}
+    found = _state().load(content, tmp_path / "iter_7.pt", "small")
+    assert found is not None
+    assert (found.step_in_epoch, found.steps_per_epoch) == (3, 4)
+    assert (found.data, found.data_report) == (saved.data, saved.data_report)
+    assert len(found.rng) == 2
+    for ours, theirs in zip(saved.rng, found.rng):
+        assert torch.equal(ours["torch"], theirs["torch"])
+        assert torch.equal(ours["python"]["words"], theirs["python"]["words"])
+
+
+def test_a_checkpoint_from_between_two_epochs_needs_nothing_more() -> None:
+    content = _content()
+    assert content.keys().isdisjoint({"position", "rng", "data", "data_report"})
+    assert _state().load(content, Path("epoch_1.pt"), "small") is None
+    content["position"] = {"step_in_epoch": 0, "steps_per_epoch": 4}
+    found = _state().load(content, Path("epoch_1.pt"), "small")
+    assert found == Continuation(0, 4)
+
+
+@pytest.mark.parametrize(
+    "position", [3, {}, {"step_in_epoch": 5, "steps_per_epoch": 4}, {"step_in_epoch": -1, "steps_per_epoch": 4}]
+)
+def test_a_position_that_is_none_is_refused_before_anything_changes(position: Any) -> None:
+    content, state = _content(), _state()
+    content["position"] = position
+    before = state.towers.model.visual.weight.clone()
+    assert "position" in _refusal(content, state)
+    assert torch.equal(state.towers.model.visual.weight, before)
+
+
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "epoch_1.pt", {"epoch": 1})
+    write_atomically(tmp_path / "epoch_2.pt", {"epoch": 2})
+    (tmp_path / "epoch_2.pt").unlink()
     (tmp_path / ".epoch_1.pt.123.tmp").write_bytes(b"half")
-    (tmp_path / "epoch_1.pt").write_bytes(b"whole")
+    (tmp_path / ".epoch_1.pt.json.123.tmp").write_bytes(b"half")
     remove_leftovers(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["epoch_1.pt"]
+    assert {path.name for path in tmp_path.iterdir()} == {"epoch_1.pt", "epoch_1.pt.json"}
 
 
 @pytest.mark.parametrize(("part", "value"), [("objective", "neuclip"), ("objective", {}), ("state_dict", [1])])

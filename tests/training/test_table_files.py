@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,8 @@ from neuclip.normalizers import ShardedTable, table
 from neuclip.objectives import Objective
 from ranks import run_on_ranks
 from training import table_files
-from training.atomic_files import write_atomically
+from training.atomic_files import sidecar_of, write_atomically
+from training.checkpoint import newest_checkpoint
 from training.distributed import World
 from training.errors import UserError
 
@@ -163,6 +167,73 @@ def test_a_failed_part_fails_the_saving(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.undo()
     table_files.remove_unused(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_failed_part_fails_the_saving_on_all_ranks(size: int, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for message in run_on_ranks(fail_on_a_rank, size, str(tmp_path / "file")):
+        assert re.fullmatch(r"cannot save .*/tables-7-\w+: Not a directory.*", message), message
+
+
+def fail_on_a_rank(checkpoints: str) -> str:
+    _make_large()
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    try:
+        table_files.save_tables(Remembering(), Path(checkpoints), 7, World(rank, size, torch.device("cpu")))
+    except OSError as error:
+        return str(error)
+    return "saved"
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _cut_without_sidecar(path: Path) -> None:
+    _cut(path)
+    sidecar_of(path).unlink()
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, _cut, _cut_without_sidecar])
+@pytest.mark.parametrize("which", [0, 2, -1])
+def test_a_checkpoint_without_all_of_its_tables_is_passed_over(
+    which: int, damage: Callable[[Path], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    objective = Remembering()
+    for step in (5, 10):
+        name = table_files.save_tables(objective, tmp_path, step, ALONE)
+        content = {"epoch": step, "tables": name, "table_rows": table_files.describe_tables(objective)}
+        write_atomically(tmp_path / f"iter_{step}.pt", content)
+        os.utime(tmp_path / f"iter_{step}.pt", (step, step))
+    assert newest_checkpoint(tmp_path) == tmp_path / "iter_10.pt"
+    assert name is not None
+    part = sorted((tmp_path / name).glob("first.*.pt"))[which]
+    damage(part)
+    assert newest_checkpoint(tmp_path) == tmp_path / "iter_5.pt"
+    assert "iter_10.pt" in caplog.text
+    assert name in caplog.text
+
+
+@pytest.mark.parametrize(("missing", "is_noticed"), [(0, True), (2, True), (-1, False)])
+def test_a_checkpoint_that_does_not_say_how_many_rows_there_were(
+    missing: int, is_noticed: bool, tmp_path: Path
+) -> None:
+    """One of an older version: what is missing at the end is noticed on loading only."""
+    _saved(tmp_path, 5, "epoch_1.pt")
+    (folder,) = table_files.table_folders(tmp_path)
+    assert table_files.missing_parts(folder, None) is None
+    sorted(folder.glob("first.*.pt"))[missing].unlink()
+    assert (table_files.missing_parts(folder, None) is not None) == is_noticed
+    assert "are not there" in str(table_files.missing_parts(tmp_path / "tables-6-0", None))
+
+
+def test_folders_that_were_not_there_before_are_left_alone(tmp_path: Path) -> None:
+    before = tmp_path / _saved(tmp_path, 5)
+    later = tmp_path / _saved(tmp_path, 10)
+    assert table_files.remove_unused(tmp_path, [before]) == [before]
+    assert table_files.table_folders(tmp_path) == [later]
+    assert table_files.remove_unused(tmp_path) == [later]
 
 
 @pytest.mark.parametrize("rows", [ROWS - 1, ROWS + 1])
