@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from training.data.config import Batch, DataConfig, check_flags, parse_factors, resolve_dataset_type
 from training.data.pictures import Preprocess, make_pictures
 from training.data.plan import DealtOrder, DrawnOrder, ExactOrder, Layout, ShardOrder, plan_steps
+from training.data.progress import Delivery, History, ProblemLog, Progress
+from training.data.samples import Counts
+from training.data.segments import DEALT, DRAWN, EXACT, ROWS, Course, DataIdentity, Segment, begin, resume
 from training.data.shards import Shard, expand_sources
 from training.data.sizes import SizedShards, find_sizes
 from training.data.sources import ShardSource
 from training.data.stages import StageClock
-from training.data.stream import BatchDataset, SampleSource, Tokenizer
+from training.data.stream import BatchDataset, Beginning, SampleSource, Tokenizer
 from training.data.tables import SYNTHETIC_STEPS, CsvRows, RowSource, SyntheticRows, read_csv
 from training.data.tokens import quick_tokenizer
 
@@ -36,43 +42,145 @@ class TrainLoader:
     data_description: one or two lines for the run's plan: kind, shards, samples, and how exact an epoch is.
     """
 
-    def __init__(self, dataset: BatchDataset, workers: int, pin_memory: bool, data_description: str) -> None:
-        """workers: processes, 0 for none."""
+    def __init__(
+        self,
+        dataset: BatchDataset,
+        workers: int,
+        pin_memory: bool,
+        data_description: str,
+        samples: int,
+        identity: DataIdentity,
+    ) -> None:
+        """workers: processes, 0 for none. samples: those an epoch is meant to have. identity: of the data."""
         self.steps_per_epoch: int = dataset.layout.steps
         self.num_samples: int = dataset.layout.num_samples
         self.data_description = data_description
-        self._position = dataset.position
-        self._loader: DataLoader[Any] = DataLoader(
-            dataset,
-            batch_size=None,  # The dataset yields whole batches.
-            collate_fn=_unchanged,
-            num_workers=workers,
-            pin_memory=pin_memory,
-            persistent_workers=workers > 0,
-            prefetch_factor=PREFETCHED_BATCHES if workers > 0 else None,
-            worker_init_fn=_start_worker,
-            # It draws a seed for each epoch, unused here, that must not come out of the training process's generator.
-            generator=torch.Generator(),
-        )
+        self._dataset = dataset
+        self._workers = workers
+        self._pin_memory = pin_memory
+        self._identity = identity
+        self._whole = Segment.whole(dataset.layout, samples, dataset.shuffle_buffer)
+        self._resumed: Course | None = None
+        self._course = begin(0, self._whole)
+        self._history = History(0, dataset.beginning(0).progress)
+        self._problems = ProblemLog()
+        self._loader = self._open_loader()
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch: exactly steps_per_epoch − first_step, a function of (seed, epoch, rank) and layout.
+    def resume_at(self, state: dict[str, Any] | None, epoch: int) -> int:
+        """Decides where an epoch goes on; epoch(epoch) begins there from now on. Every rank calls it with the same state.
+
+        With the data, the seed and the layout of the checkpoint the rest of the epoch is, bit for bit, what it would have
+        been. Under another layout (ranks, workers, batch, shuffle buffer) no sample of the epoch is lost or repeated where
+        the sizes of shards are known, but for less than a global batch at its end. Otherwise, and if the data is not the same,
+        the epoch goes on at about the same share of its steps, after a warning in the log.
+
+        Args:
+            state: what `state` returned; None, or the state of another epoch, begins the epoch at its beginning.
+            epoch: number of the epoch, from 0.
+
+        Returns:
+            The first step that is still to come, of the present steps_per_epoch; steps_per_epoch itself if none is.
+        """
+        course = resume(state, epoch, self._whole, self._identity)
+        # Large batches may leave as many steps as an epoch has, and yet fewer samples.
+        goes_on = course.step > 0 or course.segment.number > 0
+        before, self._resumed = self._resumed, course if goes_on else None
+        self._dataset.resumed = None if self._resumed is None else self._beginning(course)
+        if before is not None or self._resumed is not None:
+            # Worker processes that are running know nothing of the change.
+            self._loader = self._open_loader()
+        self._look_at(self._course_of(epoch))
+        return course.step
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """The batches of an epoch: a function of (seed, epoch, rank) and layout, from its first step or from resume_at's on.
 
         The workers start reading when this is called. One epoch is read at a time: calling it again ends the last one.
 
         Args:
             epoch: number of the epoch, from 0. Starting at any epoch gives the batches one would arrive at.
-            first_step: steps of the epoch already taken. They are passed over without decoding, so what follows is the
-                rest of the same epoch (up to undecodable images among those passed over, which only show in decoding).
 
         Raises:
-            ValueError: first_step is not within the epoch.
             NoUsableSamplesError: while iterating, when a worker finds no usable sample.
         """
-        if not 0 <= first_step <= self.steps_per_epoch:
-            raise ValueError(f"first_step is {first_step}, the epoch has {self.steps_per_epoch} steps")
-        self._position.set(epoch, first_step)
-        return itertools.islice(iter(self._loader), self.steps_per_epoch - first_step)
+        course = self._course_of(epoch)
+        self._look_at(course)
+        self._dataset.position.set(epoch)
+        deliveries = itertools.islice(iter(self._loader), self.steps_per_epoch - course.step)
+        return self._unpacked(deliveries, course, self._history)
+
+    def place(self, step: int) -> Tensor:
+        """Where this rank's consumers stand after `step` steps of the present epoch, for `state`.
+
+        Args:
+            step: of the present epoch, counted from its beginning: one of the last that were handed out.
+
+        Returns:
+            [workers, 4] int64, a Progress for each worker; at least one, as without worker processes.
+
+        Raises:
+            ValueError: step was not handed out yet, or too long ago.
+        """
+        return self._history.places(step)
+
+    def state(self, places: Tensor, step: int) -> dict[str, Any]:
+        """The checkpoint's entry after `step` steps of the present epoch, the same on every rank.
+
+        Args:
+            places: [world_size, workers, 4] int64, what place(step) is on each rank.
+
+        Returns:
+            Integers, texts, lists and int64 tensors.
+
+        Raises:
+            ValueError: places has another shape.
+        """
+        return self._course.entry(self._identity, places, step)
+
+    def counts(self, step: int) -> Counts:
+        """What this rank counted in the present epoch, since its beginning or resume_at's step, up to `step` steps.
+
+        Raises:
+            ValueError: step was not handed out yet, or too long ago.
+        """
+        return self._history.counts(step)
+
+    def _course_of(self, epoch: int) -> Course:
+        if self._resumed is not None and self._resumed.epoch == epoch:
+            return self._resumed
+        return begin(epoch, self._whole)
+
+    def _look_at(self, course: Course) -> None:
+        self._course = course
+        self._history = History(course.step, self._dataset.beginning(course.epoch).progress)
+
+    def _beginning(self, course: Course) -> Beginning:
+        progress = [Progress(*numbers) for numbers in course.places[self._dataset.rank].tolist()]
+        source, layout = self._dataset.source, self._dataset.layout
+        if course.segment.number > 0:
+            layout = course.segment.layout(layout.seed)
+            source = source.rest(layout, course.row(layout.seed))
+        return Beginning(course.epoch, source, layout, course.step - course.segment.first_step, progress)
+
+    def _unpacked(self, deliveries: Iterator[Delivery], course: Course, history: History) -> Iterator[Batch]:
+        for step, delivery in enumerate(deliveries, start=course.step - course.segment.first_step):
+            history.add(step % course.segment.workers, delivery)
+            self._problems.add(delivery.counts)
+            yield delivery.batch
+
+    def _open_loader(self) -> DataLoader[Any]:
+        return DataLoader(
+            self._dataset,
+            batch_size=None,  # The dataset yields whole batches.
+            collate_fn=_unchanged,
+            num_workers=self._workers,
+            pin_memory=self._pin_memory,
+            persistent_workers=self._workers > 0,
+            prefetch_factor=PREFETCHED_BATCHES if self._workers > 0 else None,
+            worker_init_fn=_start_worker,
+            # It draws a seed for each epoch, unused here, that must not come out of the training process's generator.
+            generator=torch.Generator(),
+        )
 
 
 def build_train_loader(
@@ -99,16 +207,29 @@ def build_train_loader(
     Raises:
         UserError: flags that contradict each other or the data.
     """
-    source, layout, description = _open(config, world_size)
-    buffer = config.shuffle_buffer if isinstance(source, ShardSource) else 0  # Rows are permuted already.
+    data = _open(config, world_size)
+    # Rows are permuted already.
+    buffer = 0 if data.identity.order == ROWS else config.shuffle_buffer
     pictures = make_pictures(preprocess, config.decode)
-    dataset = BatchDataset(source, layout, rank, pictures, quick_tokenizer(tokenizer), buffer, config.needs_keys)
+    tokenize = quick_tokenizer(tokenizer)
+    dataset = BatchDataset(data.source, data.layout, rank, pictures, tokenize, buffer, config.needs_keys)
     if clock is not None:
         clock.watch(dataset)
-    return TrainLoader(dataset, config.workers, pin_memory, description)
+    return TrainLoader(dataset, config.workers, pin_memory, data.description, data.samples, data.identity)
 
 
-def _open(config: DataConfig, world_size: int) -> tuple[SampleSource, Layout, str]:
+@dataclass(frozen=True)
+class _OpenData:
+    """source, layout: what is read, and how it is divided. samples: those an epoch is meant to have."""
+
+    source: SampleSource
+    layout: Layout
+    samples: int
+    identity: DataIdentity
+    description: str
+
+
+def _open(config: DataConfig, world_size: int) -> _OpenData:
     check_flags(config)
     kind = resolve_dataset_type(config)
     if kind == "webdataset":
@@ -116,16 +237,25 @@ def _open(config: DataConfig, world_size: int) -> tuple[SampleSource, Layout, st
     rows: CsvRows | SyntheticRows
     if kind == "csv":
         rows = read_csv(config)
+        facts = [os.path.basename(rows.path), len(rows), rows.captions.num_bytes]
+        what = f"csv {config.train_data}"
     else:
         rows = SyntheticRows(
             config.train_num_samples or SYNTHETIC_STEPS * config.samples_per_step * world_size, config.seed
         )
+        facts = [len(rows)]
+        what = "synthetic"
     layout = _layout(config, world_size, len(rows))
-    what = f"csv {config.train_data}" if kind == "csv" else "synthetic"
-    return RowSource(rows, layout), layout, f"{what}: {len(rows):,} samples\n{_epoch_in_words(layout, len(rows))}"
+    return _OpenData(
+        RowSource(rows, layout),
+        layout,
+        config.train_num_samples or len(rows),
+        DataIdentity(ROWS, config.seed, _fingerprint([kind, *facts])),
+        f"{what}: {len(rows):,} samples\n{_epoch_in_words(layout, len(rows))}",
+    )
 
 
-def _open_shards(config: DataConfig, world_size: int) -> tuple[SampleSource, Layout, str]:
+def _open_shards(config: DataConfig, world_size: int) -> _OpenData:
     sources = expand_sources(config.train_data or "")
     factors = parse_factors(config, len(sources))
     # With replacement neither sizes nor a total are needed, and counting could take long.
@@ -133,24 +263,38 @@ def _open_shards(config: DataConfig, world_size: int) -> tuple[SampleSource, Lay
         find_sizes(sources) if not config.dataset_resampled else SizedShards(_unsized(sources), None, "not looked up")
     )
     layout = _layout(config, world_size, sized.total)
-    order: ShardOrder
+    kind, order, words = _order(config, sized, layout, factors)
+    facts = [(shard.url.rsplit("/", 1)[-1], shard.source, shard.size) for shard in sized.shards]
+    many = "" if len(sources) == 1 else f" of {len(sources)} sources"
+    total = "unknown" if sized.total is None else f"{sized.total:,} (from {sized.origin})"
+    return _OpenData(
+        ShardSource(order),
+        layout,
+        config.train_num_samples or sized.total or layout.num_samples,
+        DataIdentity(kind, config.seed, _fingerprint([factors, facts])),
+        f"webdataset: {len(sized.shards):,} shards{many}, samples: {total}\n{words}",
+    )
+
+
+def _order(config: DataConfig, sized: SizedShards, layout: Layout, factors: list[float]) -> tuple[str, ShardOrder, str]:
+    """Which kind of order shards are read in, the order, and what it means in words."""
     if config.dataset_resampled:
-        order = DrawnOrder(sized.shards, layout, factors)
         words = f"shards drawn with replacement, {layout.num_samples:,} samples an epoch in {layout.steps:,} steps"
         if config.train_data_upsampling_factors is not None:
             words += f", factors {config.train_data_upsampling_factors}"
-    elif sized.exact:
-        order = ExactOrder(sized.shards, layout)
-        words = _epoch_in_words(layout, sized.total or 0)
-    else:
-        order = DealtOrder(sized.shards, layout)
-        words = (
-            f"an epoch is {layout.num_samples:,} samples in {layout.steps:,} steps from shards dealt to workers: some "
-            "samples may come twice or not at all; python -m training.data.index makes epochs exact"
-        )
-    many = "" if len(sources) == 1 else f" of {len(sources)} sources"
-    total = "unknown" if sized.total is None else f"{sized.total:,} (from {sized.origin})"
-    return ShardSource(order), layout, f"webdataset: {len(sized.shards):,} shards{many}, samples: {total}\n{words}"
+        return DRAWN, DrawnOrder(sized.shards, layout, factors), words
+    if sized.exact:
+        return EXACT, ExactOrder(sized.shards, layout), _epoch_in_words(layout, sized.total or 0)
+    words = (
+        f"an epoch is {layout.num_samples:,} samples in {layout.steps:,} steps from shards dealt to workers: some "
+        "samples may come twice or not at all; python -m training.data.index makes epochs exact"
+    )
+    return DEALT, DealtOrder(sized.shards, layout), words
+
+
+def _fingerprint(facts: list[Any]) -> str:
+    """A text that is the same for the same facts."""
+    return hashlib.sha256(repr(facts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _layout(config: DataConfig, world_size: int, total: int | None) -> Layout:

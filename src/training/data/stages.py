@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch.utils.data import get_worker_info
 
-from training.data.plan import Place
-from training.data.samples import RawSample, Tally
+from training.data.plan import Layout, Pass, Place
+from training.data.runs import Runs
+from training.data.samples import RawSample
 from training.data.stream import BatchDataset, SampleSource
 
 READ, DECODE, TRANSFORM, TOKENISE, COLLATE = STAGES = ("read", "decode", "transform", "tokenise", "collate")
@@ -107,11 +109,17 @@ class _TimedSource:
         self.source = source
         self.clock = clock
 
-    def samples(self, place: Place, attempt: int, tally: Tally) -> Iterator[RawSample]:
-        return self._timed(self.source.samples(place, attempt, tally))
+    def rest(self, layout: Layout, row: Runs) -> SampleSource:
+        return _TimedSource(self.source.rest(layout, row), self.clock)
 
-    def spares(self, place: Place, attempt: int, tally: Tally) -> Iterator[RawSample]:
-        return self._timed(self.source.spares(place, attempt, tally))
+    def count(self, place: Place, which: Pass) -> int | None:
+        return self.source.count(place, which)
+
+    def slots(self, place: Place, which: Pass, first: int = 0) -> Iterator[RawSample]:
+        return self._timed(self.source.slots(place, which, first))
+
+    def chosen(self, place: Place, which: Pass, numbers: np.ndarray) -> Iterator[RawSample]:
+        return self._timed(self.source.chosen(place, which, numbers))
 
     def names(self, place: Place) -> str:
         return self.source.names(place)

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
-import random
-from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from training.data.config import Batch
 from training.data.pictures import Pictures
-from training.data.plan import Layout, Place
+from training.data.plan import Layout, Pass, Place
+from training.data.progress import Delivery, Progress
+from training.data.runs import Runs
 from training.data.samples import BrokenSampleError, RawSample, Tally, read_labels
-from training.data.seeds import Purpose, derive_seed, seeded_augmentation
+from training.data.seeds import Purpose, seeded_augmentation
+from training.data.shuffle import pass_over, shuffled
 
-T = TypeVar("T")
 Tokenizer = Callable[[list[str]], torch.Tensor]
-# Samples in the shuffle buffer before the first one leaves it; it grows to its full size from there.
-FIRST_FILL = 1000
 
 
 class NoUsableSamplesError(RuntimeError):
@@ -29,59 +31,118 @@ class NoUsableSamplesError(RuntimeError):
 class SampleSource(Protocol):
     """Where the samples of a consumer come from; see ShardSource and RowSource."""
 
-    def samples(self, place: Place, attempt: int, tally: Tally) -> Iterator[RawSample]: ...
+    def rest(self, layout: Layout, row: Runs) -> SampleSource: ...
 
-    def spares(self, place: Place, attempt: int, tally: Tally) -> Iterator[RawSample]: ...
+    def count(self, place: Place, which: Pass) -> int | None: ...
+
+    def slots(self, place: Place, which: Pass, first: int = 0) -> Iterator[RawSample]: ...
+
+    def chosen(self, place: Place, which: Pass, numbers: np.ndarray) -> Iterator[RawSample]: ...
 
     def names(self, place: Place) -> str: ...
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """From where on a rank delivers an epoch.
+
+    epoch: its number. source, layout: of the segment that is being delivered. step: steps of the segment that are over.
+    progress: where each worker of the rank stands.
+    """
+
+    epoch: int
+    source: SampleSource
+    layout: Layout
+    step: int
+    progress: Sequence[Progress]
+
+
 class Position:
-    """Where the next epoch starts, told to worker processes that are already running."""
+    """The epoch that is next, told to worker processes that are already running."""
 
     def __init__(self) -> None:
-        self._shared = multiprocessing.Array("q", [0, 0])
+        self._shared = multiprocessing.Value("q", 0)
 
-    def set(self, epoch: int, first_step: int) -> None:
+    def set(self, epoch: int) -> None:
         """To be called before the workers are asked to start over."""
-        with self._shared.get_lock():
-            self._shared[:] = [epoch, first_step]
+        self._shared.value = epoch
 
-    def get(self) -> tuple[int, int]:
-        """(epoch, first_step)"""
-        with self._shared.get_lock():
-            epoch, first_step = self._shared[:]
-        return epoch, first_step
+    def get(self) -> int:
+        """The number of the epoch."""
+        return self._shared.value
 
 
-def shuffled(samples: Iterable[T], size: int, rng: random.Random) -> Iterator[T]:
-    """Every sample once, in an order shuffled within a buffer of `size`; the order itself when size is below 2."""
-    incoming = iter(samples)
-    buffer: list[T] = []
-    fill = min(size, FIRST_FILL)
-    for sample in incoming:
-        buffer.append(sample)
-        if len(buffer) < fill:
-            continue
-        yield _take(buffer, rng)
-        # Two come in for one that leaves until the buffer is full, so that its filling delays no batch.
-        if len(buffer) < size - 1:
-            buffer.extend(_next(incoming))
-    while buffer:
-        yield _take(buffer, rng)
+class Slots:
+    """The slots of a consumer in the order they leave its shuffle buffer, over and over: broken samples are made up for by
+    seeing good ones again.
+    """
 
+    def __init__(
+        self,
+        source: SampleSource,
+        layout: Layout,
+        place: Place,
+        shuffle_buffer: int,
+        tally: Tally,
+        progress: Progress,
+    ) -> None:
+        """tally: where the good ones are counted, by whoever takes the slots. progress: where to go on."""
+        self._source = source
+        self._layout = layout
+        self._place = place
+        self._shuffle_buffer = shuffle_buffer
+        self._tally = tally
+        self._attempt, self._spare, self._taken = progress.attempt, progress.spare, progress.taken
+        # An attempt that has given a good sample before this process began has one more than its tally shows.
+        self._good_before = tally.good - progress.good
 
-def _take(buffer: list[T], rng: random.Random) -> T:
-    # random() is several times as fast as randrange(), and this runs once a sample.
-    index = int(rng.random() * len(buffer))
-    buffer[index], buffer[-1] = buffer[-1], buffer[index]
-    return buffer.pop()
+    @property
+    def progress(self) -> Progress:
+        """Where the consumer stands, between two slots."""
+        return Progress(self._attempt, self._spare, self._taken, int(self._has_good()))
 
+    def __iter__(self) -> Iterator[RawSample]:
+        """Endless.
 
-def _next(incoming: Iterator[T]) -> Iterator[T]:
-    for sample in incoming:
-        yield sample
-        return
+        Raises:
+            NoUsableSamplesError: neither the consumer's own data nor others had a good sample.
+        """
+        while True:
+            for raw in self._pass():
+                self._taken += 1
+                yield raw
+            if self._has_good():
+                self._attempt, self._spare, self._taken = self._attempt + 1, 0, 0
+                self._good_before = self._tally.good
+            elif not self._spare:
+                self._spare, self._taken = 1, 0
+            else:
+                place = self._place
+                raise NoUsableSamplesError(
+                    f"no usable sample in the data of rank {place.rank}, worker {place.worker}, epoch {place.epoch}, "
+                    f"nor in others tried: {self._source.names(place)}; the last problem: {self._tally.last_skipped}"
+                )
+
+    def _has_good(self) -> bool:
+        return self._tally.good > self._good_before
+
+    def _pass(self) -> Iterator[RawSample]:
+        """What is still to come of the present pass."""
+        which, taken, size = Pass(self._attempt, self._spare), self._taken, self._shuffle_buffer
+        rng = self._layout.rng(Purpose.SHUFFLE_BUFFER, *self._place, self._attempt)
+        if not taken:
+            return shuffled(self._source.slots(self._place, which), size, rng)
+        count = self._source.count(self._place, which)
+        if count is None:
+            # Only reading shows how many there are.
+            slots = shuffled(self._source.slots(self._place, which), size, rng)
+            for _ in itertools.islice(slots, taken):
+                pass
+            return slots
+        held, read = pass_over(count, taken, size, rng)
+        numbers = np.sort(np.array(held, dtype=np.int64))
+        found = dict(zip(numbers.tolist(), self._source.chosen(self._place, which, numbers)))
+        return shuffled(self._source.slots(self._place, which, read), size, rng, [found.pop(slot) for slot in held])
 
 
 def collate(images: list[torch.Tensor], text: torch.Tensor, keys: list[int | None]) -> Batch:
@@ -128,49 +189,41 @@ class BatchDataset(IterableDataset):
         self.shuffle_buffer = shuffle_buffer
         self.needs_keys = needs_keys
         self.position = Position()
+        # The one epoch that does not begin at its beginning; to be set before there are worker processes.
+        self.resumed: Beginning | None = None
         self.tally = Tally()
 
-    def __iter__(self) -> Iterator[Batch]:
-        """The batches of this process, from the position on.
+    def beginning(self, epoch: int) -> Beginning:
+        """From where on an epoch is delivered."""
+        if self.resumed is not None and self.resumed.epoch == epoch:
+            return self.resumed
+        return Beginning(epoch, self.source, self.layout, 0, [Progress()] * self.layout.workers)
+
+    def __iter__(self) -> Iterator[Delivery]:
+        """The batches of this process in the epoch set as position.
 
         Raises:
             NoUsableSamplesError: the quota cannot be filled.
         """
-        epoch, first_step = self.position.get()
+        begin = self.beginning(self.position.get())
         info = get_worker_info()
         process = 0 if info is None else info.id
         # Processes are asked in turn, from 0 on: the worker whose turn the first step is takes the place of process 0.
-        place = Place(epoch, self.rank, (process + first_step) % self.layout.workers)
-        done = (first_step - place.worker + self.layout.workers - 1) // self.layout.workers
-        return self._batches(place, max(done, 0))
+        worker = (process + begin.step) % begin.layout.workers
+        done = (begin.step - worker + begin.layout.workers - 1) // begin.layout.workers
+        return self._batches(begin, worker, max(done, 0))
 
-    def _batches(self, place: Place, done: int) -> Iterator[Batch]:
-        samples = self._endless(place)
-        for index in range(self.layout.worker_steps(place.worker)):
-            if index < done:
-                self._pass_over(samples)
-                continue
+    def _batches(self, begin: Beginning, worker: int, done: int) -> Iterator[Delivery]:
+        layout, place = begin.layout, Place(begin.epoch, self.rank, worker)
+        # An epoch that was left early may have counted samples of a batch that never came about.
+        self.tally.drain()
+        slots = Slots(begin.source, layout, place, self.shuffle_buffer, self.tally, begin.progress[worker])
+        samples = iter(slots)
+        for index in range(done, layout.worker_steps(worker)):
             # Seeded for each batch and not only for each epoch: a batch can be had without those before it.
-            with seeded_augmentation(derive_seed(Purpose.AUGMENTATION, self.layout.seed, *place, index)):
+            with seeded_augmentation(layout.derive(Purpose.AUGMENTATION, *place, index)):
                 batch = self.collect(samples)
-            yield batch
-
-    def _endless(self, place: Place) -> Iterator[RawSample]:
-        """A consumer's samples, over and over: broken ones are made up for by seeing good ones again."""
-        attempt = 0
-        while True:
-            good = self.tally.good
-            for read in (self.source.samples, self.source.spares):
-                rng = self.layout.rng(Purpose.SHUFFLE_BUFFER, *place, attempt)
-                yield from shuffled(read(place, attempt, self.tally), self.shuffle_buffer, rng)
-                if self.tally.good > good:
-                    break
-            else:
-                raise NoUsableSamplesError(
-                    f"no usable sample in the data of rank {place.rank}, worker {place.worker}, epoch {place.epoch}, "
-                    f"nor in others tried: {self.source.names(place)}; the last problem: {self.tally.last_skipped}"
-                )
-            attempt += 1
+            yield Delivery(batch, slots.progress, self.tally.drain())
 
     def collect(self, samples: Iterator[RawSample]) -> Batch:
         """A batch of the next usable samples."""
@@ -191,16 +244,3 @@ class BatchDataset(IterableDataset):
             keys.append(key)
             self.tally.good += 1
         return self.collate(images, self.tokenizer(captions), keys)
-
-    def _pass_over(self, samples: Iterator[RawSample]) -> None:
-        """Passes over a batch's samples without decoding them, leaving out those that a batch would leave out."""
-        passed = 0
-        while passed < self.layout.batch_size:
-            raw = next(samples)
-            try:
-                read_labels(raw, self.needs_keys)
-            except BrokenSampleError as broken:
-                self.tally.skip(str(broken), raw)
-                continue
-            passed += 1
-            self.tally.good += 1

@@ -12,8 +12,9 @@ import numpy as np
 from PIL import Image
 
 from training.data.config import DataConfig
-from training.data.plan import Layout, Place
-from training.data.samples import RawSample, Tally
+from training.data.plan import Layout, Pass, Place
+from training.data.runs import Runs
+from training.data.samples import RawSample
 from training.data.seeds import Purpose, derive_seed
 from training.errors import UserError
 
@@ -39,6 +40,11 @@ class PackedStrings(Sequence[bytes]):
         begin = self._ends[index - 1] if index else 0
         return self._blob[begin : self._ends[index]].tobytes()
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all strings together."""
+        return len(self._blob)
+
 
 class Rows(Protocol):
     """Samples by row number."""
@@ -53,7 +59,7 @@ class Rows(Protocol):
 class CsvRows:
     """The rows of a csv file."""
 
-    def __init__(self, path: str, images: Sequence[bytes], captions: Sequence[bytes]) -> None:
+    def __init__(self, path: str, images: PackedStrings, captions: PackedStrings) -> None:
         """images: a file path per row; captions: a text per row, both utf-8."""
         self.path = path
         self.images = images
@@ -142,32 +148,46 @@ def _columns(path: str, header: list[str], wanted: tuple[str, str], separator: s
 class RowSource:
     """Rows in a new permutation each epoch, a range of it for each consumer; every row at most once in an epoch."""
 
-    def __init__(self, rows: Rows, layout: Layout) -> None:
-        """rows: at least layout.num_samples."""
+    def __init__(self, rows: Rows, layout: Layout, row: Runs | None = None) -> None:
+        """rows: the table. row: positions of the permutation, at least layout.num_samples; None for all."""
         self.rows = rows
         self.layout = layout
+        self.row = Runs.of(0, len(rows)) if row is None else row
 
-    def samples(self, place: Place, attempt: int, tally: Tally) -> Iterator[RawSample]:
-        """A consumer's rows of an epoch, once through; in another order on later attempts."""
-        mine = self._numbers(place)
-        if attempt:
-            mine = self._generator(Purpose.OWN_SHARDS, *place, attempt).permutation(mine)
-        return map(self.rows.sample, map(int, mine))
+    def rest(self, layout: Layout, row: Runs) -> RowSource:
+        """What is left of an epoch, for another layout."""
+        return RowSource(self.rows, layout, row)
 
-    def spares(self, place: Place, attempt: int, tally: Tally) -> Iterator[RawSample]:
-        """Rows from anywhere, for a consumer whose own are all broken."""
-        generator = self._generator(Purpose.SPARE_SHARDS, *place, attempt)
-        numbers = generator.permutation(len(self.rows))[:SPARE_ROWS]
-        return map(self.rows.sample, map(int, numbers))
+    def count(self, place: Place, which: Pass) -> int:
+        """The rows of a pass."""
+        if which.spare:
+            return min(SPARE_ROWS, len(self.rows))
+        return len(self._own(place))
+
+    def slots(self, place: Place, which: Pass, first: int = 0) -> Iterator[RawSample]:
+        """A pass from a row on: the consumer's own, in another order on later attempts, or rows from anywhere."""
+        return map(self.rows.sample, map(int, self._numbers(place, which)[first:]))
+
+    def chosen(self, place: Place, which: Pass, numbers: np.ndarray) -> Iterator[RawSample]:
+        """Single rows of a pass; numbers: [m] int64."""
+        return map(self.rows.sample, map(int, self._numbers(place, which)[numbers]))
 
     def names(self, place: Place) -> str:
         """Some of the rows a consumer reads in an epoch, for messages."""
-        numbers = self._numbers(place)
+        numbers = self._numbers(place, Pass())
         return f"{self.rows.sample(int(numbers[0])).name} and {len(numbers) - 1} more rows"
 
-    def _numbers(self, place: Place) -> np.ndarray:
-        order = self._generator(Purpose.EPOCH_ORDER, place.epoch).permutation(len(self.rows))
-        return order[slice(*self.layout.sample_range(place))]
+    def _own(self, place: Place) -> Runs:
+        return self.row.part(*self.layout.sample_range(place))
 
-    def _generator(self, purpose: Purpose, *parts: int) -> np.random.Generator:
-        return np.random.default_rng(derive_seed(purpose, self.layout.seed, *parts))
+    def _numbers(self, place: Place, which: Pass) -> np.ndarray:
+        if which.spare:
+            seed = self.layout.derive(Purpose.SPARE_SHARDS, *place, which.attempt)
+            return np.random.default_rng(seed).permutation(len(self.rows))[:SPARE_ROWS]
+        # The same in all segments of an epoch, which share its positions.
+        seed = derive_seed(Purpose.EPOCH_ORDER, self.layout.seed, place.epoch)
+        mine = np.random.default_rng(seed).permutation(len(self.rows))[self._own(place).positions()]
+        if which.attempt:
+            seed = self.layout.derive(Purpose.OWN_SHARDS, *place, which.attempt)
+            mine = np.random.default_rng(seed).permutation(mine)
+        return mine

@@ -45,8 +45,8 @@ def test_every_sample_once(kit, tmp_path: Path, world: int, workers: int, sizes:
     assert epochs[0] != epochs[1]
 
 
-def batches(loader, epoch: int, first_step: int = 0) -> list[Batch]:
-    return [Batch(*(part.clone() for part in batch)) for batch in loader.epoch(epoch, first_step)]
+def batches(loader, epoch: int) -> list[Batch]:
+    return [Batch(*(part.clone() for part in batch)) for batch in loader.epoch(epoch)]
 
 
 def same(some: list[Batch], others: list[Batch]) -> bool:
@@ -69,18 +69,6 @@ def test_an_epoch_is_a_function_of_seed_and_number(kit, tmp_path: Path, workers:
     assert not same(history[0], history[1])
     config.seed = 6
     assert not same(batches(kit.open_ranks(config, 1, kit.noisy_preprocess)[0], 0), history[0])
-
-
-@pytest.mark.parametrize("workers", [0, 3])
-def test_rest_of_an_epoch(kit, tmp_path: Path, workers: int) -> None:
-    kit.write_shards(tmp_path, [15, 20, 9])
-    loader = kit.open_ranks(kit.config(tmp_path, workers=workers), 1, kit.noisy_preprocess)[0]
-    whole = batches(loader, 4)
-    for first_step in (1, 5, 10):
-        assert same(batches(loader, 4, first_step), whole[first_step:])
-    assert batches(loader, 4, 11) == []
-    with pytest.raises(ValueError, match="first_step is 12"):
-        loader.epoch(4, 12)
 
 
 def test_an_epoch_left_early_does_not_leak_into_the_next(kit, tmp_path: Path) -> None:
