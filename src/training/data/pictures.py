@@ -18,9 +18,12 @@ from __future__ import annotations
 
 import io
 import math
+import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -32,10 +35,15 @@ from torch import Tensor
 from torchvision.transforms import Compose, InterpolationMode, Normalize, RandomResizedCrop, ToTensor
 from torchvision.transforms.functional import resized_crop
 
-from training.data.samples import BrokenSampleError
+from training.data.samples import BrokenSampleError, Problem
 
 Preprocess = Callable[[Image.Image], Tensor]
 Source = bytes | str | Image.Image
+
+# What pictures come in. Pillow knows many more formats, and runs programs for some (Ghostscript for EPS), whatever the suffix.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+# Such a picture is left out here and counted, by the size in its header, before Pillow has allocated anything.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 _REDUCTIONS = (8, 4, 2)
 _TORCH_MODES = {InterpolationMode.BICUBIC: "bicubic", InterpolationMode.BILINEAR: "bilinear"}
@@ -251,9 +259,13 @@ def _finished(picture: Image.Image, steps: Sequence[Callable[[Any], Any]]) -> Te
 def _guarded() -> Iterator[None]:
     try:
         yield
+    except BrokenSampleError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BrokenSampleError(Problem.HUGE_IMAGE) from error
     except Exception as error:
         # Decoders raise whatever their format suggests (SyntaxError, struct.error, …), for damage alone.
-        raise BrokenSampleError("image cannot be decoded") from error
+        raise BrokenSampleError(Problem.BAD_IMAGE) from error
 
 
 def _open(source: Source) -> Image.Image:
@@ -261,7 +273,25 @@ def _open(source: Source) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
     with _guarded():
-        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        if isinstance(source, str):
+            # Opening a named pipe would wait for a writer.
+            if not os.path.isfile(source):
+                raise BrokenSampleError(Problem.NO_IMAGE)
+            picture = Image.open(source, formats=_formats())
+        else:
+            picture = Image.open(io.BytesIO(source), formats=_formats())
+        most = Image.MAX_IMAGE_PIXELS
+        if most is not None and picture.width * picture.height > most:
+            picture.close()
+            raise BrokenSampleError(Problem.HUGE_IMAGE)
+        return picture
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow can read."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _decode(picture: Image.Image) -> Image.Image:

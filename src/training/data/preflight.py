@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 from training.data.config import DataConfig, check_flags, parse_factors, resolve_dataset_type
 from training.data.plan import ShardSlice, plan_steps
-from training.data.read import read_groups
-from training.data.samples import IMAGE_SUFFIXES, from_members, parse_key
+from training.data.read import Group, read_groups
+from training.data.samples import IMAGE_SUFFIXES, parse_key
 from training.data.shards import READER_THREADS, Shard, expand_sources, local_path
 from training.data.sizes import find_sizes
+from training.data.streams import Patience
 from training.data.tables import SYNTHETIC_STEPS, CsvRows, read_csv
 from training.data.tar_headers import check_first_header
 from training.errors import UserError
@@ -19,6 +20,8 @@ from training.errors import UserError
 CHECKED_SHARDS = 2000
 # One odd sample at the start of a source is skipped in training too; this many in a row are its form.
 CHECKED_SAMPLES = 8
+# Before training a mistake is more likely than a line that is down: nobody is made to wait long for its name.
+FIRST_LOOK = Patience(stall=30, retries=1)
 
 
 def check_train_data(config: DataConfig, world_size: int = 1) -> None:
@@ -85,14 +88,16 @@ def _check_first_samples(config: DataConfig, urls: Sequence[str]) -> None:
         # A shard shorter than the slice asks for is no problem, one that has no sample at all is.
         why = f" ({problems[0]})" if problems else ""
         raise UserError(f"--train-data: {urls[0]} yields no sample{why}; correct the path or fetch it again")
-    samples = [from_members(members) for members in groups]
-    suffixes = sorted({suffix for members in groups for suffix in members if not suffix.startswith("__")})
-    there = f"the first samples of {url} hold {', '.join('.' + suffix for suffix in suffixes) or 'nothing'}"
+    samples = [group.sample(url) for group in groups]
+    there = f"the first samples of {url} hold {_suffixes(groups)}"
     if not any(sample.image for sample in samples):
         names = ", ".join("." + suffix for suffix in IMAGE_SUFFIXES)
         raise UserError(f"--train-data: no image, {there}; a sample needs one file named {names}")
     if not any(sample.caption is not None for sample in samples):
-        raise UserError(f"--train-data: no caption, {there}; a sample needs a .txt with its caption in utf-8")
+        raise UserError(
+            f"--train-data: no caption, {there}; a sample needs its caption in utf-8 as .txt, or in its .json as "
+            '{"caption": "…"}'
+        )
     if config.needs_keys and all(parse_key(sample.key) is None for sample in samples):
         raise UserError(
             f"--train-data: the objective keeps state per sample and needs integer keys, {there}, no .json with "
@@ -100,14 +105,26 @@ def _check_first_samples(config: DataConfig, urls: Sequence[str]) -> None:
         )
     # Keys grow from shard to shard as a rule: a number that is too small shows at the end.
     if config.needs_keys and local_path(urls[-1]) is not None:
-        samples += [from_members(members) for members in _first_groups(urls[-1], problems)]
+        samples += [group.sample(urls[-1]) for group in _first_groups(urls[-1], problems)]
     keys = [parse_key(sample.key) for sample in samples]
     _check_keys(config, f"{url} or {urls[-1]}", [key for key in keys if key is not None])
 
 
-def _first_groups(url: str, problems: list[str]) -> list[dict[str, bytes]]:
-    part = ShardSlice(Shard(url, 0), stop=CHECKED_SAMPLES)
-    return list(read_groups(part, lambda _url, problem: problems.append(problem)))
+def _suffixes(groups: Sequence[Group]) -> str:
+    """The suffixes of their members in words."""
+    found = sorted({suffix for group in groups for suffix in group.suffixes})
+    return ", ".join("." + suffix for suffix in found) or "nothing"
+
+
+def _first_groups(url: str, problems: list[str], patience: Patience = FIRST_LOOK) -> list[Group]:
+    """The first samples of a shard; what is wrong with it is added to `problems`."""
+    groups: list[Group] = []
+    for item in read_groups(ShardSlice(Shard(url, 0), stop=CHECKED_SAMPLES), patience):
+        if isinstance(item, Group):
+            groups.append(item)
+        else:
+            problems.append(f"{item.kind}: {item.detail}")
+    return groups
 
 
 def _check_keys(config: DataConfig, where: str, keys: Sequence[int]) -> None:

@@ -1,139 +1,185 @@
-"""Reading the samples of a shard, undecoded, through webdataset's opening, tar iteration and grouping.
-
-Tar iteration takes 60 µs a member, most of it in tarfile. Members of a local file with plain headers are read here instead;
-the first that is anything else, and all that follow, are left to webdataset.
-"""
+"""Reading the samples of a shard, undecoded."""
 
 from __future__ import annotations
 
 import contextlib
-import io
-import os
-from collections.abc import Callable, Iterator
-from tarfile import XHDTYPE
-from typing import Any
-
-import webdataset
-from webdataset.tariterators import group_by_keys, tar_file_expander
+import errno
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from training.data.plan import ShardSlice
-from training.data.samples import RawSample, from_members
-from training.data.tar_headers import BLOCK, ends_archive, only_times, plain_file, sample_name
+from training.data.samples import IMAGE_SUFFIXES, Problem, RawSample, from_members
+from training.data.streams import CannotOpenError, Patience, StreamError, is_stream, may_pass, opened
+from training.data.tar_members import Damage, DamagedCompressionError, Member, TarBytes, split_name, walk
 
-Report = Callable[[str, str], None]
-
-
-class _EndOfSliceError(Exception):
-    """Ends the tar iteration at the end of a slice: webdataset has no other way to stop between two members."""
-
-
-class _Selector:
-    """Says of each member, in file order, whether its sample is in the slice; counts as the grouping counts."""
-
-    def __init__(self, part: ShardSlice) -> None:
-        self.part = part
-        self.index = -1
-        self._current: str | None = None
-
-    def __call__(self, member: str) -> bool:
-        name = sample_name(member)
-        if name is None:
-            return False
-        if name != self._current:
-            self._current = name
-            self.index += 1
-        if self.part.stop is not None and self.index >= self.part.stop:
-            raise _EndOfSliceError
-        return self.part.has(self.index)
+# Bytes of a member that is read at all. Others, whatever they hold, are passed over.
+_LARGEST = dict.fromkeys(IMAGE_SUFFIXES, 256 * 2**20) | dict.fromkeys(("txt", "json"), 16 * 2**20)
+_KINDS = {errno.ENOENT: Problem.GONE, errno.ENOTDIR: Problem.GONE}
 
 
-def read_groups(part: ShardSlice, report: Report) -> Iterator[dict[str, bytes]]:
-    """The samples of a slice as {suffix: content}, with "__key__" and "__url__" added; other samples are not read.
+@dataclass(slots=True)
+class Group:
+    """Members of a tar file in a row that share a name up to the first dot of its last part: a sample.
 
-    Damage ends the shard, or costs the member it is in, and is told to report(url, problem); nothing is raised.
+    position: its number in the shard.
+    members: the content of those that a sample is made of, by suffix in lower case.
+    suffixes: those of all members.
+    problem: what makes it unusable whatever its members hold, one of the kinds of Problem.
+    damage: what is wrong with the shard in this place, one of the same kinds.
     """
-    url = part.shard.url
-    selector = _Selector(part)
 
-    def handle(error: Exception) -> bool:
-        if isinstance(error, _EndOfSliceError):
-            return False
-        reason = str(error.args[0]).split(" @ <")[0].split("\n")[0] if error.args else ""
-        report(url, f"{type(error).__name__} {reason}".strip())
-        return True
+    position: int
+    name: str
+    members: dict[str, bytes] = field(default_factory=dict)
+    suffixes: set[str] = field(default_factory=set)
+    problem: str | None = None
+    damage: str | None = None
 
-    try:
-        stream = webdataset.gopen(url)
-    except Exception as error:
-        # What opening may raise is up to the scheme: OSError, ValueError, an ImportError for hf://.
-        handle(error)
-        return
-    try:
-        yield from group_by_keys(_files(url, stream, selector, handle), handler=handle)
-    finally:
-        # Leaving before the end makes the command behind a pipe fail; how it ends no longer matters then.
-        with contextlib.suppress(Exception):
-            stream.close()
-    size, found = part.shard.size, selector.index + 1
-    if size is not None and part.stop is not None and found < part.stop:
-        report(url, f"ends after {found} samples, {size} were counted; run python -m training.data.index again")
-    elif size is not None and found > size:
-        report(url, f"holds more than the {size} samples counted; run python -m training.data.index again")
+    def sample(self, url: str) -> RawSample:
+        """The sample; with a problem where the members cannot make one up because of damage."""
+        name = f"{url}: {self.name}"
+        raw = from_members(self.members, name, url)
+        problem = self.problem
+        if problem is None and (raw.image is None or raw.caption is None):
+            problem = self.damage
+        return raw if problem is None else RawSample(None, None, None, name, url, problem)
 
 
-def _files(url: str, stream: Any, selector: _Selector, handle: Callable[[Exception], bool]) -> Iterator[dict]:
-    """Selected members, in file order, in webdataset's form."""
-    # Of what webdataset opens only a local file is this; a pipe cannot be gone back in.
-    if isinstance(stream, io.BufferedReader) and stream.seekable():
-        try:
-            for name, content in _plain_members(stream, selector):
-                yield {"fname": name, "data": content, "__url__": url}
-        except _EndOfSliceError:
-            return
-        here = stream.tell()
-        if here > 0 and ends_archive(stream.read(BLOCK)):
-            return
-        stream.seek(here)
-    yield from tar_file_expander([{"url": url, "stream": stream}], handler=handle, select_files=selector)
-
-
-def _plain_members(stream: io.BufferedReader, selector: _Selector) -> Iterator[tuple[str, bytes]]:
-    """Name and content of selected members as long as headers are plain; the stream is left at the first other header.
-
-    A member that is cut short is such a one too. Content that is not selected is not read.
-    """
-    length = os.fstat(stream.fileno()).st_size
-    while True:
-        begin = stream.tell()
-        header = stream.read(BLOCK)
-        if header[156:157] == XHDTYPE and only_times(header, stream.read(BLOCK)):
-            header = stream.read(BLOCK)
-        name, size = plain_file(header) or ("", length)
-        following = stream.tell() + size + -size % BLOCK
-        if following > length:
-            stream.seek(begin)
-            return
-        if selector(name):
-            yield name, stream.read(size)
-        stream.seek(following)
-
-
-def read_slots(part: ShardSlice) -> Iterator[RawSample]:
+def read_slots(part: ShardSlice, patience: Patience = Patience()) -> Iterator[RawSample]:  # noqa: B008 (it is frozen)
     """What lies at the positions of a slice, in file order.
 
     A slice with a stop yields exactly one RawSample for each of `part.places()`, whatever the shard holds: where there is no
     whole sample, one with `problem` set. Without a stop nobody knows how many there should be: it yields the samples there
     are, and one RawSample with `problem` for each damage. Nothing is raised for damage.
+
+    A position is the number of a sample among those that the shard, damaged as it may be, shows from its beginning: what
+    lies there is the same whichever others are read.
     """
-    problems: list[str] = []
-    found = 0
-    for members in read_groups(part, lambda _url, problem: problems.append(problem)):
-        found += 1
-        yield from_members(members)
     url = part.shard.url
-    if part.stop is None:
-        for problem in problems:
-            yield RawSample(None, None, None, url, url, problem)
-    else:
-        for _ in range(len(part.places()) - found):
-            yield RawSample(None, None, None, url, url, "missing from its shard")
+    found, damage = 0, Damage(Problem.FEWER, "run python -m training.data.index again")
+    for item in read_groups(part, patience):
+        if isinstance(item, Group):
+            found += 1
+            yield item.sample(url)
+        else:
+            damage = item
+            if part.stop is None:
+                yield RawSample(None, None, None, f"{url} ({item.detail})", url, item.kind)
+    if part.stop is not None:
+        for position in part.places()[found:]:
+            yield RawSample(None, None, None, f"{url} sample {position} ({damage.detail})", url, damage.kind)
+
+
+def read_groups(part: ShardSlice, patience: Patience) -> Iterator[Group | Damage]:
+    """The samples of a slice, and what is wrong with the shard as far as it was read; other samples are not read.
+
+    A stream that fails is opened again, and so is one whose data are damaged: what is wrong in the same place a second time
+    is wrong in the data. Nothing is raised.
+    """
+    reading = _Reading(part)
+    fruitless = 0
+    while True:
+        reached = reading.reached
+        try:
+            with opened(part.shard.url, patience) as source:
+                yield from reading.groups(source)
+            return
+        except (OSError, CannotOpenError) as error:
+            fruitless = 1 if reading.reached > reached else fruitless + 1
+            if not may_pass(part.shard.url, error) or fruitless > patience.retries:
+                yield _given_up(part.shard.url, error)
+                return
+        patience.pause(fruitless)
+
+
+def _given_up(url: str, error: Exception) -> Damage:
+    reason = f"{type(error).__name__} {error}".split("\n")[0]
+    if isinstance(error, OSError) and is_stream(url):
+        return Damage(Problem.STREAM_FAILED, reason)
+    return Damage(_KINDS.get(getattr(error, "errno", None) or 0, Problem.UNREADABLE), reason)
+
+
+class _Reading:
+    """How far a slice has been read, over several tries.
+
+    reached: the furthest sample met, whether it is in the slice or not; −1 before the first.
+    """
+
+    def __init__(self, part: ShardSlice) -> None:
+        self.reached = -1
+        self._part = part
+        self._limit = part.stop
+        if part.chosen is not None:
+            self._limit = max(part.chosen, default=-1) + 1
+        self._next = 0
+        self._told: set[Damage] = set()
+        self._doubted: set[Damage] = set()
+        # What a file holds it will hold the next time; what came over a line may come better.
+        self._doubting = is_stream(part.shard.url)
+
+    def groups(self, source: TarBytes) -> Iterator[Group | Damage]:
+        """What has not been delivered yet.
+
+        Raises:
+            OSError: of reading; a StreamError where a stream's data are damaged, for the first time.
+        """
+        group: Group | None = None
+        current, index, damage = None, -1, None
+        for item in walk(source):
+            if isinstance(item, Damage):
+                damage = item.kind
+                if group is not None:
+                    group.damage = damage
+                yield from self._tell(item)
+                continue
+            name, suffix = split_name(item.name)
+            if name is None or suffix is None:
+                continue
+            if name != current:
+                current, index = name, index + 1
+                if group is not None:
+                    yield self._deliver(group)
+                self.reached = max(self.reached, index)
+                if self._limit is not None and index >= self._limit:
+                    return
+                wanted = index >= self._next and self._part.has(index)
+                group = Group(index, name, damage=damage) if wanted else None
+                damage = None
+            if group is not None:
+                _add(group, suffix.lower(), item, source)
+        if group is not None:
+            yield self._deliver(group)
+        if index < 0 and damage is None:
+            yield Damage(Problem.EMPTY, "there is no member whose name has a suffix")
+
+    def _deliver(self, group: Group) -> Group:
+        self._next = group.position + 1
+        return group
+
+    def _tell(self, damage: Damage) -> Iterator[Damage]:
+        if self._doubting:
+            if damage not in self._doubted:
+                self._doubted.add(damage)
+                raise StreamError(damage.detail)
+            # The data are damaged where they come from, and further places are believed.
+            self._doubting = False
+        if damage not in self._told:
+            self._told.add(damage)
+            yield damage
+
+
+def _add(group: Group, suffix: str, member: Member, source: TarBytes) -> None:
+    """Takes a member into a group, reading it if it is one that counts."""
+    if suffix in group.suffixes:
+        group.problem = Problem.TWICE
+    group.suffixes.add(suffix)
+    largest = _LARGEST.get(suffix)
+    if largest is None or not member.whole:
+        return
+    if member.size > largest:
+        group.problem = group.problem or Problem.HUGE_MEMBER
+        return
+    with contextlib.suppress(DamagedCompressionError):  # The walk comes upon it next, and says so.
+        content = source.read(member.size)
+        if len(content) == member.size:
+            group.members.setdefault(suffix, content)

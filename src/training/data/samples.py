@@ -4,12 +4,61 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 _LARGEST_KEY = 2**63 - 1
+# No key that counts has more digits, and int() refuses thousands of them.
+_MOST_DIGITS = 100
+# A tokeniser takes time by the square of a word's length; no caption is half as long.
+LONGEST_CAPTION = 2**16  # bytes
+
+
+class Problem:
+    """Why a sample is left out: the kinds by which it is counted.
+
+    Of a sample:
+    - NO_IMAGE, EMPTY_IMAGE: no file with a picture's suffix; one of zero bytes.
+    - BAD_IMAGE: what it holds is no picture, or not a whole one, or of a format that is not decoded.
+    - HUGE_IMAGE: more pixels than Pillow takes for safe (PIL.Image.MAX_IMAGE_PIXELS), by its header.
+    - NO_CAPTION, EMPTY_CAPTION: neither .txt nor a "caption" in .json; one of blanks alone.
+    - BAD_CAPTION, LONG_CAPTION: not utf-8; more than 64 KiB.
+    - NO_KEY: no integer key, where the objective needs one.
+    - HUGE_MEMBER: a picture of more than 256 MiB or a text of more than 16 MiB, which is not read.
+    - TWICE: two members of the sample with the same suffix.
+
+    Of a shard, for each sample lost by it:
+    - GONE, UNREADABLE: there no longer; it cannot be opened or read.
+    - NOT_TAR, EMPTY: no tar file; one without any sample.
+    - TRUNCATED: it ends before its end-of-archive mark.
+    - BAD_HEADER: a damaged header of a member; reading went on at the next sound one.
+    - BAD_COMPRESSION: it cannot be decompressed to its end.
+    - STREAM_FAILED: a stream that stalled, broke off or could not be opened, again and again.
+    - FEWER: it holds fewer samples than were counted when sizes.json was written.
+    """
+
+    NO_IMAGE = "no image"
+    EMPTY_IMAGE = "image is empty"
+    BAD_IMAGE = "image cannot be decoded"
+    HUGE_IMAGE = "image has too many pixels"
+    NO_CAPTION = "no caption"
+    EMPTY_CAPTION = "caption is empty"
+    BAD_CAPTION = "caption is not utf-8"
+    LONG_CAPTION = "caption is too long"
+    NO_KEY = "no integer key"
+    HUGE_MEMBER = "member is too large"
+    TWICE = "member is there twice"
+    GONE = "shard is gone"
+    UNREADABLE = "shard cannot be read"
+    NOT_TAR = "shard is not a tar file"
+    EMPTY = "shard holds no sample"
+    TRUNCATED = "shard is cut short"
+    BAD_HEADER = "shard has a damaged header"
+    BAD_COMPRESSION = "shard cannot be decompressed"
+    STREAM_FAILED = "stream failed"
+    FEWER = "shard holds fewer samples than counted"
 
 
 class RawSample(NamedTuple):
@@ -35,23 +84,42 @@ class BrokenSampleError(Exception):
     """A sample that cannot be used; the message is the reason, one of a handful, so that reasons can be counted."""
 
 
-def from_members(members: dict[str, bytes]) -> RawSample:
-    """The sample in one group of a tar file's members, as webdataset groups them (suffixes in lower case)."""
+def from_members(members: dict[str, bytes], name: str, shard: str) -> RawSample:
+    """The sample in the members of a tar file that share a name.
+
+    Args:
+        members: {suffix in lower case: content}.
+        name, shard: as in RawSample.
+    """
     image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
-    name = f"{members['__url__']}: {members['__key__']}"
-    return RawSample(image, members.get("txt"), members.get("json"), name, members["__url__"])
+    facts = members.get("json")
+    caption = members.get("txt")
+    if caption is None and facts is not None:
+        caption = _caption_in(facts)
+    return RawSample(image, caption, facts, name, shard)
+
+
+def _caption_in(facts: bytes) -> bytes | None:
+    caption = _json_object(facts).get("caption")
+    # JSON can spell halves of characters, which are no text; as bytes they are found out with all that is not utf-8.
+    return caption.encode("utf-8", "surrogatepass") if isinstance(caption, str) else None
+
+
+def _json_object(text: bytes) -> dict[str, Any]:
+    """A JSON object; {} for anything else, be it too deep, or a number too long, to be read."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def parse_key(key: bytes | int | None) -> int | None:
     """The key of a sample, from {"key": 17} or {"key": "000017"}; None when absent or not an integer of 0 to 2^63 - 1."""
     if key is None or isinstance(key, int):
         return key
-    try:
-        found = json.loads(key)
-    except ValueError:
-        return None
-    value = found.get("key") if isinstance(found, dict) else None
-    if isinstance(value, str) and value.isascii() and value.isdigit():
+    value = _json_object(key).get("key")
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= _MOST_DIGITS:
         value = int(value)
     return value if type(value) is int and 0 <= value <= _LARGEST_KEY else None
 
@@ -60,22 +128,31 @@ def read_labels(raw: RawSample, needs_keys: bool) -> tuple[str, int | None]:
     """The caption and the key of a sample, which also tells whether all its parts are there.
 
     Raises:
-        BrokenSampleError: no image, no caption, a caption that is not utf-8, or no key where one is needed.
+        BrokenSampleError: no image, no caption, one that is blank, too long or not utf-8, or no key where one is needed.
     """
     if raw.problem is not None:
         raise BrokenSampleError(raw.problem)
     if not raw.image:
-        raise BrokenSampleError("no image")
-    if raw.caption is None:
-        raise BrokenSampleError("no caption")
-    try:
-        caption = raw.caption if isinstance(raw.caption, str) else raw.caption.decode("utf-8")
-    except UnicodeDecodeError:
-        raise BrokenSampleError("caption is not utf-8") from None
+        raise BrokenSampleError(Problem.EMPTY_IMAGE if isinstance(raw.image, bytes) else Problem.NO_IMAGE)
+    caption = _text(raw.caption)
     key = parse_key(raw.key)
     if key is None and needs_keys:
-        raise BrokenSampleError("no integer key")
+        raise BrokenSampleError(Problem.NO_KEY)
     return caption, key
+
+
+def _text(caption: bytes | str | None) -> str:
+    if caption is None:
+        raise BrokenSampleError(Problem.NO_CAPTION)
+    if len(caption) > LONGEST_CAPTION:
+        raise BrokenSampleError(Problem.LONG_CAPTION)
+    try:
+        text = caption if isinstance(caption, str) else caption.decode("utf-8")
+    except UnicodeDecodeError:
+        raise BrokenSampleError(Problem.BAD_CAPTION) from None
+    if not text or text.isspace():
+        raise BrokenSampleError(Problem.EMPTY_CAPTION)
+    return text
 
 
 class Counts(NamedTuple):
