@@ -219,9 +219,9 @@ def _outlets(args: Namespace, folder: RunFolder, world: World) -> tuple[Checkpoi
     writer = CheckpointWriter(
         folder.checkpoints,
         in_background=args.save_in_background,
-        keep_last=args.keep_last,
+        keep_last=args.keep_last or 0,
         delete_previous=args.delete_previous_checkpoint,
-        on_saved=None if sync is None else sync.changed,
+        on_saved=None if sync is None else sync.saved,
     )
     return writer, sync
 

@@ -9,7 +9,8 @@ import torch
 
 from training.checkpoint import LATEST, Continuation
 from training.checkpoint_writer import CheckpointWriter
-from training.data import Counts, DataReport
+from training.data.report import REPORT_FILE, DataReport
+from training.data.samples import Counts
 from training.errors import UserError
 from training.loop import Training
 from training.random_state import rng_state
@@ -22,10 +23,11 @@ class Saver:
     """Writes a run's checkpoints. All ranks call it alike.
 
     Args:
+        writer: writes the files, on rank 0; elsewhere it has nothing to do.
         sync: where files are copied to, None for nowhere. Rank 0's.
 
     Attributes:
-        failed: whether a checkpoint could not be written (known on the rank where it happened).
+        failed: whether a checkpoint could not be written, since the start.
     """
 
     def __init__(
@@ -37,7 +39,7 @@ class Saver:
         self._world = training.world
         self._writer = writer
         self._sync = sync
-        self._tables_failed = False
+        self.failed = False
         # What an interrupted process counted in the present epoch, on rank 0.
         self._before: DataReport = DataReport()
 
@@ -46,11 +48,6 @@ class Saver:
         """Whether a checkpoint is still being written in the background."""
         return self._writer.busy
 
-    @property
-    def failed(self) -> bool:
-        """Whether a checkpoint could not be written."""
-        return self._tables_failed or self._writer.error is not None
-
     def within_epoch(self, steps_done: int, numbered: bool, last: bool = False) -> None:
         """Write epoch_latest.pt, and iter_S.pt if `numbered`.
 
@@ -58,12 +55,10 @@ class Saver:
             steps_done: of the present epoch.
             last: the process ends after this: wait until it is written.
         """
-        if last:
-            self._writer.wait()
         names = [f"iter_{self._training.state.step}.pt", LATEST] if numbered else [LATEST]
         self._save(names, steps_done)
         if last:
-            self._writer.wait()
+            self._wait()
 
     def after_epoch(self, numbered: bool) -> None:
         """Write what is due after an epoch, `state.epoch` being counted up already.
@@ -81,14 +76,13 @@ class Saver:
         if numbered or args.save_most_recent or args.save_every_n_steps or args.save_every_minutes:
             names.append(LATEST)
         if names:
-            self._writer.wait()
             self._save(names, steps_done=0)
         if is_last:
-            self._writer.wait()
+            self._wait()
 
     def close(self) -> None:
         """Until everything is written and copied."""
-        self._writer.close()
+        self._note(self._writer.close())
         if self._sync is not None:
             self._sync.finish()
 
@@ -106,10 +100,10 @@ class Saver:
         self._before = DataReport()
         if self._world.is_main:
             try:
-                report.write(self._folder.path / "data_report.json", self._training.state.epoch)
+                report.write(self._folder.path / REPORT_FILE, self._training.state.epoch)
             except OSError as error:
-                logging.error("data_report.json cannot be written: %s", error.strerror)
-            if report.bad:
+                logging.error("%s cannot be written: %s", REPORT_FILE, error.strerror)
+            if report.left_out:
                 logging.warning("epoch %d: %s", self._training.state.epoch, report.summary())
 
     def _report(self, steps_done: int) -> DataReport:
@@ -124,10 +118,10 @@ class Saver:
         try:
             tables = save_tables(state.objective, self._folder.checkpoints, state.step, self._world)
         except (OSError, UserError) as error:
-            logging.error("cannot save %s: its tables cannot be written (%s); training goes on", names[0], error)
-            self._tables_failed = True
+            self.failed = True
+            if self._world.is_main:
+                self._writer.report_failure(error)
             return
-        self._tables_failed = False
         generators = self._world.gather(rng_state(self._world.device))
         there = Continuation(steps_done, training.loader.steps_per_epoch, generators)
         if steps_done:
@@ -136,4 +130,10 @@ class Saver:
             there.data_report = self._report(steps_done).state()
         content = state.to_checkpoint(args.name, args.model, tables, there)
         if self._world.is_main:
-            self._writer.save(names, content, {"epoch": state.epoch, "step": state.step})
+            self._note(self._writer.save(names, content, {"epoch": state.epoch, "step": state.step}))
+
+    def _wait(self) -> None:
+        self._note(self._writer.wait())
+
+    def _note(self, failure: str | None) -> None:
+        self.failed = self.failed or failure is not None
