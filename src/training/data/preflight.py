@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from training.data.config import DataConfig, check_flags, parse_factors, resolve_dataset_type
 from training.data.plan import ShardSlice, plan_steps
 from training.data.read import Group, read_groups
-from training.data.samples import IMAGE_SUFFIXES, parse_key
+from training.data.samples import IMAGE_SUFFIXES, BrokenSampleError, parse_key, read_labels
 from training.data.shards import READER_THREADS, Shard, expand_sources, local_path
 from training.data.sizes import find_sizes
 from training.data.streams import Patience
@@ -22,6 +24,10 @@ CHECKED_SHARDS = 2000
 CHECKED_SAMPLES = 8
 # Before training a mistake is more likely than a line that is down: nobody is made to wait long for its name.
 FIRST_LOOK = Patience(stall=30, retries=1)
+# When no batch comes, the first shards are looked into in this time, all together.
+SHARDS_LOOKED_INTO = 3
+LOOK_SECONDS = 20.0
+QUICK_LOOK = Patience(stall=5, retries=0)
 
 
 def check_train_data(config: DataConfig, world_size: int = 1) -> None:
@@ -143,3 +149,49 @@ def _check_first_rows(config: DataConfig, rows: CsvRows) -> None:
             f"--train-data {config.train_data}: the first images do not exist, such as {first[0]!r} in column "
             f"{config.csv_img_key!r}; relative paths start at the working directory, {os.getcwd()}"
         )
+
+
+def first_shards_hold(config: DataConfig, seconds: float = LOOK_SECONDS) -> str:
+    """What the first shards hold, in 1 to 3 lines, for a message when no batch comes.
+
+    Takes at most `seconds`, whatever the data do. Nothing is raised.
+    """
+    urls: list[str] = []
+    lines: list[str] = []
+    # A thread of its own: reading from a file system that hangs cannot be given up in any other way.
+    looking = threading.Thread(target=_look, args=(config, urls, lines), daemon=True)
+    looking.start()
+    looking.join(seconds)
+    if looking.is_alive():
+        where = urls[len(lines)] if len(lines) < len(urls) else config.train_data
+        return "\n".join([*lines, f"{where} could not be read within {seconds:g} s"])
+    return "\n".join(lines)
+
+
+def _look(config: DataConfig, urls: list[str], lines: list[str]) -> None:
+    """Fills `urls` with what is looked into and `lines` with what is found, one for one."""
+    try:
+        kind = resolve_dataset_type(config)
+        if kind != "webdataset":
+            lines.append(f"the data is {kind}: {config.train_data or 'made on the spot'}")
+            return
+        urls += [url for source in expand_sources(config.train_data or "") for url in source][:SHARDS_LOOKED_INTO]
+        for url in urls:
+            lines.append(_held(url, config.needs_keys))
+    except Exception as error:
+        # The message that this is for must come in any case.
+        lines.append(f"{config.train_data}: {type(error).__name__} {error}".split("\n")[0])
+
+
+def _held(url: str, needs_keys: bool) -> str:
+    problems: list[str] = []
+    groups = _first_groups(url, problems, QUICK_LOOK)
+    reasons: Counter[str] = Counter()
+    for group in groups:
+        try:
+            read_labels(group.sample(url), needs_keys)
+        except BrokenSampleError as broken:
+            reasons[str(broken)] += 1
+    left_out = "".join(f"; {number} left out: {reason}" for reason, number in reasons.items())
+    damage = f"; {problems[0]}" if problems else ""
+    return f"{url}: its first {len(groups)} samples hold {_suffixes(groups)}{left_out}{damage}"

@@ -48,7 +48,7 @@ def read_sizes_file(folder: str) -> dict[str, int]:
             sizes = json.load(stream)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}); write it with python -m training.data.index") from None
     if not isinstance(sizes, dict) or not all(type(size) is int and size >= 0 for size in sizes.values()):
         raise UserError(
@@ -106,7 +106,7 @@ def _count_missing(urls: Sequence[str], sizes: dict[str, int]) -> dict[str, int]
         counts = list(pool.map(_count_cached, missing, [s.st_size for s in stats], [s.st_mtime_ns for s in stats]))
     for path, count in zip(missing, counts):
         if count.damage is not None:
-            log.warning("%s: %s; going on with its %d whole samples", path, count.damage, count.samples)
+            log.warning("%s: %s; going on with the %d samples found", path, count.damage, count.samples)
     return {path: count.samples for path, count in zip(missing, counts)}
 
 

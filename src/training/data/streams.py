@@ -25,7 +25,7 @@ from webdataset import utils as webdataset_settings
 from webdataset.gopen import Pipe, rewrite_url
 
 from training.data.shards import local_path
-from training.data.tar_members import TarBytes, tar_bytes
+from training.data.tar_members import LONGEST_MAGIC, TarBytes, tar_bytes
 
 STALL_SECONDS = 120.0
 RETRIES = 4
@@ -122,7 +122,7 @@ def _open_stream(url: str, patience: Patience) -> io.BufferedReader:
         raise CannotOpenError(f"{type(error).__name__} {error}") from error
     if isinstance(stream, Pipe):
         return io.BufferedReader(CommandOutput(stream.proc, patience.stall, _OTHER_STATUSES, stream), _BUFFER)
-    return stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(stream, _BUFFER)
+    return stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(_Readable(stream), _BUFFER)
 
 
 def _start(command: str | list[str], shell: bool = False) -> subprocess.Popen[bytes]:
@@ -139,6 +139,26 @@ def _start(command: str | list[str], shell: bool = False) -> subprocess.Popen[by
         raise StreamError(f"cannot be started: {error}") from error
 
 
+class _Readable(io.RawIOBase):
+    """What a scheme's own function has opened, of which nothing is known but that it can be read."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._stream.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        super().close()
+        self._stream.close()
+
+
 class CommandOutput(io.RawIOBase):
     """What a command writes; silence that lasts, and a command that fails, are errors."""
 
@@ -153,6 +173,7 @@ class CommandOutput(io.RawIOBase):
         self._stall = stall
         self._good_statuses = good_statuses
         self._owner = owner
+        self._least = LONGEST_MAGIC
         self._poll = select.poll()
         self._poll.register(self._output.fileno(), select.POLLIN)
 
@@ -161,17 +182,27 @@ class CommandOutput(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """As much as is there, at least a byte before the end.
+        """As much as is there, before the end at least a byte, and at first enough to tell a compressed file by.
 
         Raises:
             StreamError: silence, or at the end a command that failed.
         """
-        if not self._poll.poll(self._stall * 1000):
-            raise StreamError(f"stalled for {self._stall:g} s")
-        count = os.readv(self._output.fileno(), [buffer])
+        view = memoryview(buffer)
+        count = self._read(view)
+        while 0 < count < self._least and len(view) > count:
+            more = self._read(view[count:])
+            if not more:
+                break
+            count += more
+        self._least = 1
         if count == 0:
             self._check_status()
         return count
+
+    def _read(self, view: memoryview) -> int:
+        if not self._poll.poll(self._stall * 1000):
+            raise StreamError(f"stalled for {self._stall:g} s")
+        return os.readv(self._output.fileno(), [view])
 
     def _check_status(self) -> None:
         try:
@@ -194,7 +225,9 @@ class CommandOutput(io.RawIOBase):
                     os.killpg(self._process.pid, signal.SIGKILL)
                 else:
                     self._process.kill()
-            self._process.wait()
+            # One that hangs in a system call ends when that does.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(10)
         if self._owner is not None:
             with contextlib.suppress(Exception):
                 self._owner.close()

@@ -38,6 +38,7 @@ _PAX_GLOBAL = b"g"
 _SPARSE = b"S"
 _MAGIC, _MAGIC_AT = b"ustar", 257
 _COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+LONGEST_MAGIC = max(map(len, _COMPRESSED))
 # The same names that webdataset's tar iteration leaves out.
 _SKIPPED = re.compile(r"__[^/]*__($|/)")
 
@@ -191,7 +192,7 @@ def tar_bytes(file: io.BufferedReader, local: bool) -> TarBytes:
         file: the local file, or a stream.
         local: whether the file may be moved about in.
     """
-    begin = file.peek(6)[:6]
+    begin = file.peek(LONGEST_MAGIC)
     for magic, decompress in _COMPRESSED.items():
         if begin.startswith(magic):
             return ForwardBytes(_Decompressed(decompress(file)))  # type: ignore[arg-type]

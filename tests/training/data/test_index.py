@@ -11,16 +11,16 @@ import pytest
 
 from training.data.index import main
 from training.data.plan import ShardSlice
-from training.data.read import read_groups
+from training.data.read import Group, read_groups
 from training.data.shards import Shard
+from training.data.streams import Patience
 from training.data.tar_headers import count_samples
 
 
 def read_keys(path: Path, **part: int) -> list[str]:
-    problems: list[str] = []
-    groups = list(read_groups(ShardSlice(Shard(str(path), 0), **part), lambda _url, problem: problems.append(problem)))
-    assert problems == []
-    return [group["__key__"] for group in groups]
+    groups = list(read_groups(ShardSlice(Shard(str(path), 0), **part), Patience()))
+    assert all(isinstance(group, Group) for group in groups)
+    return [group.name for group in groups]
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

@@ -1,0 +1,129 @@
+"""--data-timeout: an end to waiting for batches that do not come."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from training.errors import OneRankError
+
+T = TypeVar("T")
+# What torch's DataLoader says of workers that were silent for its timeout.
+_TIMED_OUT = "DataLoader timed out"
+
+
+class DataTimeoutError(OneRankError):
+    """No batch came for as long as --data-timeout allows."""
+
+
+def patient(batches: Iterator[T], seconds: float, explain: Callable[[], str], workers: int) -> Iterator[T]:
+    """The batches of a loader, until one does not come within `seconds`.
+
+    Args:
+        batches: of a DataLoader; one with workers was made with timeout=seconds.
+        seconds: --data-timeout.
+        explain: says what the data hold; must come to an end by itself.
+        workers: --workers. With 0 batches are made by the thread that asks for them.
+
+    Raises:
+        DataTimeoutError: while iterating with workers. Without, the process ends with status 1 and that message on stderr.
+    """
+    return _translated(batches, seconds, explain) if workers else _watched(batches, seconds, explain)
+
+
+def _message(seconds: float, explain: Callable[[], str]) -> str:
+    # Whatever keeps the data from coming may trip up the explanation as well.
+    try:
+        reason = explain()
+    except Exception as error:
+        reason = f"the data could not be looked into ({type(error).__name__}: {error})"
+    return (
+        f"no batch came for {seconds:g} s (--data-timeout {seconds:g}): mend the data or what delivers them, or give more "
+        f"time, 0 for no limit\n{reason}"
+    )
+
+
+def _translated(batches: Iterator[T], seconds: float, explain: Callable[[], str]) -> Iterator[T]:
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if _TIMED_OUT not in str(error):
+                raise
+            raise DataTimeoutError(_message(seconds, explain)) from None
+        yield batch
+
+
+def _watched(batches: Iterator[T], seconds: float, explain: Callable[[], str]) -> Iterator[T]:
+    watchdog = _Watchdog(seconds, lambda: _end_process(_message(seconds, explain)))
+    try:
+        while True:
+            with watchdog.watching():
+                batch = next(batches, watchdog)
+            if batch is watchdog:
+                return
+            yield batch  # type: ignore[misc]
+    finally:
+        watchdog.stop()
+
+
+def _end_process(message: str) -> None:
+    # A batch is made in the calling thread, which may be held up in a system call that nothing interrupts. Making batches in
+    # another thread, so that this one could give up, would break their determinism: augmentation draws from the global
+    # generators, seeded around each batch, and so does the training step.
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+class _Watchdog:
+    """A thread that calls a function when something takes too long."""
+
+    def __init__(self, seconds: float, expired: Callable[[], None]) -> None:
+        self._seconds = seconds
+        self._expired = expired
+        self._changed = threading.Condition()
+        self._watching = False
+        self._stopped = False
+        # Counts what was watched, so that one that ends in time is not taken for the next.
+        self._number = 0
+        threading.Thread(target=self._run, name="data timeout", daemon=True).start()
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """What runs in here is watched."""
+        self._set(True)
+        try:
+            yield
+        finally:
+            self._set(False)
+
+    def stop(self) -> None:
+        """Ends the thread."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+
+    def _set(self, watching: bool) -> None:
+        with self._changed:
+            self._watching = watching
+            self._number += 1
+            self._changed.notify()
+
+    def _run(self) -> None:
+        with self._changed:
+            while not self._stopped:
+                number = self._number
+                changed = self._changed.wait_for(
+                    lambda number=number: self._stopped or self._number != number,
+                    self._seconds if self._watching else None,
+                )
+                if not changed:
+                    break
+        if not self._stopped:
+            self._expired()
