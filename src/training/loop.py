@@ -141,9 +141,10 @@ def train_one_epoch(
             if is_logged:
                 _log(training, epoch, index, output, interval, bar)
                 interval.restart()
-            # Once, after the first step: now, and not before, there is everything that stays: optimizer state, workspaces,
-            # what the first step imported or compiled.
-            garbage.freeze_once()
+            if index == first_step:
+                # Now, and not before, there is everything that stays: optimizer state, workspaces, what the first step
+                # imported or compiled.
+                garbage.freeze_once()
             ending = None if boundary is None else boundary.after_step(index + 1, interval)
             if ending is not None:
                 return ending

@@ -17,7 +17,9 @@ from pathlib import Path
 from end_to_end.runs import LAUNCHER_VARIABLES, free_port
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "open_clip", "webdataset", "training.main"])
+# What else a first training step imports: compilers, optimizers, a picture's formats.
+_LATE = ["torch._dynamo", "torch.distributed.optim", "PIL.JpegImagePlugin", "PIL.PngImagePlugin"]
+_CONTEXT.set_forkserver_preload(["torch", "open_clip", "webdataset", "training.main", *_LATE])
 STARTING = 120.0
 
 
@@ -99,6 +101,8 @@ def _train(flags: list[str], output: Path, variables: dict[str, str]) -> None:
         os.dup2(file, stream)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    # A forked server's children would start theirs, the loader's workers, through it too.
+    multiprocessing.set_start_method("fork", force=True)
     import torch
 
     torch.set_num_threads(1)
