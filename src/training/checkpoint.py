@@ -5,6 +5,7 @@ Tables with numbers for every sample of a large data set stand beside the file (
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from dataclasses import dataclass, field
@@ -240,7 +241,8 @@ def checkpoint_files(folder: Path) -> list[Path]:
         match = NAME.fullmatch(path.name)
         if match is not None:
             number = -1 if match["number"] == "latest" else int(match["number"])
-            found.append((path.stat().st_mtime_ns, number, path))
+            with contextlib.suppress(FileNotFoundError):  # removed by the thread that saves, since the folder was read
+                found.append((path.stat().st_mtime_ns, number, path))
     return [path for _, _, path in sorted(found, reverse=True)]
 
 

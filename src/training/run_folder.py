@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import os
 import re
 from argparse import Namespace
 from datetime import datetime
 from pathlib import Path
 
+from training.atomic_files import replacing
 from training.errors import UserError
 
 
@@ -80,6 +84,50 @@ class RunFolder:
             file.rename(self.path / f"params_{number}.txt")
         lines = [f"{name}: {value}\n" for name, value in sorted(vars(args).items())]
         file.write_text("".join(lines), encoding="utf-8")
+
+
+def cut_back(path: Path, step: int) -> int:
+    """Take out of a file of JSON lines what a run wrote after the step that it goes on from, since it will write that again.
+
+    What is taken out is appended to NAME.discarded.jsonl as it was, lines that a killed process left unfinished included, so
+    that nothing is lost. A crash leaves the file as it was, or cut back; in the first case lines may be set aside twice.
+
+    Args:
+        path: metrics.jsonl or results.jsonl; it need not exist.
+        step: optimizer steps taken, as the checkpoint says. Lines of this step stay, and those that name no step.
+
+    Returns:
+        The number of lines taken out.
+
+    Raises:
+        OSError: one of the files cannot be read or written.
+    """
+    if not path.exists():
+        return 0
+    text = path.read_bytes()
+    lines = [line + b"\n" for line in text.split(b"\n") if line]
+    kept = [line for line in lines if _is_of_the_run(line, step)]
+    if b"".join(kept) == text:
+        return 0
+    taken_out = [line for line in lines if not _is_of_the_run(line, step)]
+    if taken_out:
+        aside = path.with_name(f"{path.stem}.discarded.jsonl")
+        with open(aside, "ab") as file:
+            file.writelines(taken_out)
+            file.flush()
+            os.fsync(file.fileno())  # before they leave the other file
+        logging.info("%s: %d lines after step %d set aside in %s", path.name, len(taken_out), step, aside.name)
+    with replacing(path) as file:
+        file.writelines(kept)
+    return len(taken_out)
+
+
+def _is_of_the_run(line: bytes, step: int) -> bool:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(entry, dict) and (not isinstance(entry.get("step"), int) or entry["step"] <= step)
 
 
 def default_name(args: Namespace) -> str:

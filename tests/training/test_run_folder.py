@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from training.errors import UserError
-from training.run_folder import RunFolder, default_name
+from training.run_folder import RunFolder, cut_back, default_name
 
 
 def test_paths(tmp_path: Path) -> None:
@@ -57,3 +60,64 @@ def test_default_name_says_what_runs() -> None:
     assert ":" not in name
     for part in ("openclip", "model_hf-hub-some-model", "lr_0.0005", "b_64", "p_fp32"):
         assert part in name
+
+
+def _lines(*entries: Any) -> bytes:
+    return b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
+
+
+METRICS = [{"step": step, "loss": 1.0 / step} for step in (1, 10, 20, 30)]
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"step": 40, "lo', _lines({"step": 40})[:-1], b"\xc3"])
+def test_lines_after_the_checkpoint_are_set_aside(torn: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(_lines(*METRICS) + torn)
+    assert cut_back(path, 20) == (2 if torn else 1)
+    assert path.read_bytes() == _lines(*METRICS[:3])
+    aside = (tmp_path / "metrics.discarded.jsonl").read_bytes()
+    assert aside == _lines(METRICS[3]) + (torn + b"\n" if torn else b"")
+    assert cut_back(path, 20) == 0
+    assert cut_back(path, 10) == 1
+    assert path.read_bytes() == _lines(*METRICS[:2])
+    assert (tmp_path / "metrics.discarded.jsonl").read_bytes() == aside + _lines(METRICS[2])
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_a_file_without_anything_to_cut_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert cut_back(path, 5) == 0
+    path.write_bytes(_lines(*METRICS))
+    os.utime(path, (1, 1))
+    assert cut_back(path, 30) == 0
+    assert path.stat().st_mtime == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_line_that_lacks_only_its_end_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(_lines(*METRICS)[:-1])
+    assert cut_back(path, 30) == 0
+    assert path.read_bytes() == _lines(*METRICS)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_results_of_epochs_that_come_again_are_cut_too(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path), "run")
+    folder.create()
+    older = {"epoch": 0, "imagenet": 0.1}  # without a step
+    results = [older, *({"epoch": epoch, "step": 100 * epoch, "imagenet": 0.5} for epoch in (1, 2, 3))]
+    folder.results.write_bytes(_lines(*results) + b'{"epoch": 4, "st')
+    assert folder.has_results(3)
+    assert cut_back(folder.results, 250) == 2
+    assert [folder.has_results(epoch) for epoch in (0, 1, 2, 3, 4)] == [True, True, True, False, False]
+    assert folder.results.read_bytes() == _lines(*results[:3])
+
+
+def test_the_file_stays_as_it_was_where_nothing_can_be_set_aside(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(_lines(*METRICS))
+    (tmp_path / "metrics.discarded.jsonl").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        cut_back(path, 10)
+    assert path.read_bytes() == _lines(*METRICS)
