@@ -21,6 +21,7 @@ from training.data.sizes import SizedShards, find_sizes
 from training.data.sources import ShardSource
 from training.data.stages import StageClock
 from training.data.stream import BatchDataset, SampleSource, Tokenizer
+from training.data.streams import end_commands
 from training.data.tables import SYNTHETIC_STEPS, CsvRows, RowSource, SyntheticRows, read_csv
 from training.data.tokens import quick_tokenizer
 
@@ -189,4 +190,5 @@ def _obey_parent_only() -> None:
     parent = multiprocessing.parent_process()  # not os.getppid(), which may be a fork server
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != (parent.pid if parent else os.getppid()):
         pass
+    end_commands()
     os._exit(0)
