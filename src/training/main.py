@@ -24,7 +24,7 @@ from training.bench_data import bench_data
 from training.boundary import Boundary, Ending
 from training.checkpoint import Continuation, newest_checkpoint, read_checkpoint, remove_leftovers
 from training.checkpoint_writer import CheckpointWriter
-from training.data import check_train_data
+from training.data import NoUsableSamplesError, check_train_data
 from training.distributed import World
 from training.errors import OneRankError, UserError
 from training.evaluate import Evaluator
@@ -84,14 +84,16 @@ def _run(args: Namespace, signals: Signals, started: float) -> int:
             status = train(args, world, signals, started)
         else:
             bench_data(args, world)
-    except UserError as error:
-        if isinstance(error, OneRankError) and failures is not None and world.size > 1:
-            failures.end_all(f"error: {error}", MISTAKE)
+    except (UserError, NoUsableSamplesError) as error:
+        # The loader repeats a worker's whole traceback before the message.
+        message = f"error: {error if isinstance(error, UserError) else str(error).strip().splitlines()[-1]}"
+        is_everyones = isinstance(error, UserError) and not isinstance(error, OneRankError)
+        if failures is not None and world.size > 1 and not is_everyones:
+            failures.end_all(message, MISTAKE)
         # Without a process group this rank may be the only one that knows; with one, all ranks have the same message.
         rank = distributed.environment()[0]
-        if rank == 0 or failures is None or isinstance(error, OneRankError):
-            where = "" if rank == 0 else f"[rank {rank}] "
-            print(f"{where}error: {error}", file=sys.stderr, flush=True)
+        if rank == 0 or failures is None or not is_everyones:
+            print(message if rank == 0 else f"[rank {rank}] {message}", file=sys.stderr, flush=True)
         return MISTAKE
     except Exception:
         if failures is None or world.size == 1:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import multiprocessing
 import os
-import signal
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +16,7 @@ from torch.utils.data import DataLoader
 from training.data.config import Batch, DataConfig, check_flags, parse_factors, resolve_dataset_type
 from training.data.pictures import Preprocess, make_pictures
 from training.data.plan import DealtOrder, DrawnOrder, ExactOrder, Layout, ShardOrder, plan_steps
+from training.data.preflight import first_shards_hold
 from training.data.progress import Delivery, History, ProblemLog, Progress
 from training.data.samples import Counts
 from training.data.segments import DEALT, DRAWN, EXACT, ROWS, Course, DataIdentity, Segment, begin, resume
@@ -28,10 +26,19 @@ from training.data.sources import ShardSource
 from training.data.stages import StageClock
 from training.data.stream import BatchDataset, Beginning, SampleSource, Tokenizer
 from training.data.tables import SYNTHETIC_STEPS, CsvRows, RowSource, SyntheticRows, read_csv
+from training.data.timeout import patient
 from training.data.tokens import quick_tokenizer
+from training.data.workers import heed_parent_only
 
 T = TypeVar("T")
 PREFETCHED_BATCHES = 2
+
+
+class Patience(NamedTuple):
+    """seconds: how long to wait for a batch. explain: says then what the data hold."""
+
+    seconds: float
+    explain: Callable[[], str]
 
 
 class TrainLoader:
@@ -50,8 +57,12 @@ class TrainLoader:
         data_description: str,
         samples: int,
         identity: DataIdentity,
+        patience: Patience | None = None,
     ) -> None:
-        """workers: processes, 0 for none. samples: those an epoch is meant to have. identity: of the data."""
+        """workers: processes, 0 for none. samples: those an epoch is meant to have. identity: of the data.
+
+        patience: how long to wait for a batch; None: for ever.
+        """
         self.steps_per_epoch: int = dataset.layout.steps
         self.num_samples: int = dataset.layout.num_samples
         self.data_description = data_description
@@ -59,6 +70,7 @@ class TrainLoader:
         self._workers = workers
         self._pin_memory = pin_memory
         self._identity = identity
+        self._patience = patience
         self._whole = Segment.whole(dataset.layout, samples, dataset.shuffle_buffer)
         self._resumed: Course | None = None
         self._course = begin(0, self._whole)
@@ -106,7 +118,10 @@ class TrainLoader:
         course = self._course_of(epoch)
         self._look_at(course)
         self._dataset.position.set(epoch)
-        deliveries = itertools.islice(iter(self._loader), self.steps_per_epoch - course.step)
+        deliveries: Iterator[Delivery] = iter(self._loader)
+        if self._patience is not None:
+            deliveries = patient(deliveries, self._patience.seconds, self._patience.explain, self._workers)
+        deliveries = itertools.islice(deliveries, self.steps_per_epoch - course.step)
         return self._unpacked(deliveries, course, self._history)
 
     def place(self, step: int) -> Tensor:
@@ -177,7 +192,8 @@ class TrainLoader:
             pin_memory=self._pin_memory,
             persistent_workers=self._workers > 0,
             prefetch_factor=PREFETCHED_BATCHES if self._workers > 0 else None,
-            worker_init_fn=_start_worker,
+            timeout=self._patience.seconds if self._patience is not None and self._workers > 0 else 0,
+            worker_init_fn=heed_parent_only,
             # It draws a seed for each epoch, unused here, that must not come out of the training process's generator.
             generator=torch.Generator(),
         )
@@ -215,7 +231,8 @@ def build_train_loader(
     dataset = BatchDataset(data.source, data.layout, rank, pictures, tokenize, buffer, config.needs_keys)
     if clock is not None:
         clock.watch(dataset)
-    return TrainLoader(dataset, config.workers, pin_memory, data.description, data.samples, data.identity)
+    patience = Patience(config.timeout, lambda: first_shards_hold(config)) if config.timeout else None
+    return TrainLoader(dataset, config.workers, pin_memory, data.description, data.samples, data.identity, patience)
 
 
 @dataclass(frozen=True)
@@ -314,23 +331,3 @@ def _unsized(sources: list[list[str]]) -> list[Shard]:
 
 def _unchanged(batch: T) -> T:
     return batch
-
-
-def _start_worker(_worker: int) -> None:
-    torch.set_num_threads(1)  # A worker per core: more threads each would only get in each other's way.
-    # Batch systems signal every process of a job, and ^C every one of a terminal. What the signal means is for the
-    # training process to decide, which still needs batches to finish its step.
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
-        # A handler would not see who sent the signal; with the signal blocked a waiting thread does.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey_parent_only, daemon=True).start()
-
-
-def _obey_parent_only() -> None:
-    """Ends the worker at a SIGTERM from the training process, which is how one is shut down, and at no other."""
-    parent = multiprocessing.parent_process()  # not os.getppid(), which may be a fork server
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != (parent.pid if parent else os.getppid()):
-        pass
-    os._exit(0)

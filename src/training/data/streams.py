@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import math
 import os
 import select
 import signal
 import stat
 import subprocess
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -111,7 +113,9 @@ def _open_stream(url: str, patience: Patience) -> io.BufferedReader:
         return io.BufferedReader(CommandOutput(_start(url[5:], shell=True), patience.stall, _PIPE_STATUSES), _BUFFER)
     if scheme in ("http", "https"):
         # Without curl's own retries: it begins anew only where nothing has been written yet.
-        command = ["curl", "--connect-timeout", "30", "--fail", "--silent", "--location", url]
+        command = ["curl", "--connect-timeout", "30", "--fail", "--silent", "--location"]
+        # If this process is killed, curl ends by itself.
+        command += ["--speed-limit", "1", "--speed-time", str(math.ceil(patience.stall)), url]
         return io.BufferedReader(CommandOutput(_start(command), patience.stall, (0,)), _BUFFER)
     try:
         stream = webdataset.gopen(url)
@@ -174,6 +178,9 @@ class CommandOutput(io.RawIOBase):
         self._good_statuses = good_statuses
         self._owner = owner
         self._least = LONGEST_MAGIC
+        # A process forked from here has a copy of this object, and is not to end what is not its own.
+        self._starter = os.getpid()
+        _running.add(self)
         self._poll = select.poll()
         self._poll.register(self._output.fileno(), select.POLLIN)
 
@@ -218,16 +225,31 @@ class CommandOutput(io.RawIOBase):
             return
         super().close()
         self._output.close()
-        # While it has not been waited for, its number cannot stand for another process.
         if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                if os.getpgid(self._process.pid) == self._process.pid:
-                    os.killpg(self._process.pid, signal.SIGKILL)
-                else:
-                    self._process.kill()
+            self.end()
             # One that hangs in a system call ends when that does.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(10)
         if self._owner is not None:
             with contextlib.suppress(Exception):
                 self._owner.close()
+
+    def end(self) -> None:
+        """Kills the command with all that it started; the output can be closed then."""
+        # While it has not been waited for, its number cannot stand for another process.
+        if self._process.returncode is not None or self._starter != os.getpid():
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.getpgid(self._process.pid) == self._process.pid:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            else:
+                self._process.kill()
+
+
+_running: weakref.WeakSet[CommandOutput] = weakref.WeakSet()
+
+
+def end_commands() -> None:
+    """Kills all commands that deliver streams to this process; for a process that is about to end at once."""
+    for output in list(_running):
+        output.end()

@@ -9,6 +9,8 @@ import threading
 
 import torch
 
+from training.data.streams import end_commands
+
 
 def heed_parent_only(_worker: int) -> None:
     """To be called first in a worker process."""
@@ -30,4 +32,5 @@ def _obey_parent_only() -> None:
     parent = multiprocessing.parent_process()  # not os.getppid(), which may be a fork server
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != (parent.pid if parent else os.getppid()):
         pass
+    end_commands()
     os._exit(0)

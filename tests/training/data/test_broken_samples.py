@@ -25,7 +25,6 @@ from training.data.samples import (
     read_labels,
 )
 
-
 # The beginning of what a decoder would go on with.
 PIXELS = struct.pack(">I", 16) + b"IDAT" + bytes(16)
 
