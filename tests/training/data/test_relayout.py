@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import itertools
 import logging
@@ -158,7 +157,7 @@ def whole_of(layout: Layout, samples: int, buffer: int) -> Segment:
 
 def read_some(course: Course, identity: DataIdentity, steps: int, chance: random.Random) -> tuple[list[int], list]:
     """Positions that come out of all shuffle buffers in some steps, and where consumers stand after them."""
-    segment, layout, row = course.segment, course.segment.layout(identity.seed), course.row(identity.seed)
+    segment, layout, row = course.segment, course.segment.layout(identity.seed), course.row
     places, seen = segment.places(), []
     for rank, worker in itertools.product(range(segment.world_size), range(segment.workers)):
         place = Place(course.epoch, rank, worker)
@@ -204,7 +203,7 @@ def test_a_consumer_past_its_first_pass_has_nothing_left() -> None:
         places = torch.tensor([[[0, 0, 0, 0]], [numbers]])
         state = course.entry(identity, places, 4)
         found = resume(state, EPOCH, whole_of(Layout(21, 2, 1, 1, 0), 43, 5), identity)
-        assert list(found.row(0)) == [(0, 20), (40, 43)], column
+        assert list(found.row) == [(0, 20), (40, 43)], column
         assert found.step == 21 - 11
 
 
@@ -214,8 +213,18 @@ def test_another_number_of_samples(asked: int, left: list[tuple[int, int]]) -> N
     course = begin(EPOCH, whole_of(Layout(10, 4, 1, 1, 0), 41, 0))
     state = course.entry(identity, torch.tensor([[[0, 0, 12, 1]]]), 3)
     found = resume(state, EPOCH, whole_of(Layout(asked // 4, 4, 1, 1, 0), asked, 0), identity)
-    assert list(found.row(0)) == left
+    assert list(found.row) == left
     assert found.step == asked // 4 - (asked - 12) // 4
+
+
+def test_fewer_samples_and_then_more() -> None:
+    identity = DataIdentity("exact", 0, "x")
+    course = begin(EPOCH, whole_of(Layout(10, 2, 2, 1, 0), 40, 0))
+    state = course.entry(identity, torch.tensor([[[0, 0, 4, 1]], [[0, 0, 16, 1]]]), 5)
+    course = resume(state, EPOCH, whole_of(Layout(6, 5, 1, 1, 0), 30, 0), identity)
+    assert list(course.row) == [(4, 20)]
+    state = course.entry(identity, torch.tensor([[[0, 0, 5, 1]]]), 4)
+    assert list(resume(state, EPOCH, whole_of(Layout(12, 5, 1, 1, 0), 60, 0), identity).row) == [(9, 20), (36, 60)]
 
 
 def test_a_billion_samples() -> None:
@@ -227,7 +236,7 @@ def test_a_billion_samples() -> None:
     state = through_a_file(course.entry(identity, places.contiguous(), 6000))
     whole = whole_of(Layout(samples // (4 * 512), 512, 4, 4, 0), samples, 5000)
     found = resume(state, EPOCH, whole, identity)
-    row = found.row(0)
+    row = found.row
     assert len(row) == samples - 48 * 512_000
     assert len(row.bounds) <= 48 * 5001
     assert found.step == whole.steps - len(row) // 2048
@@ -296,7 +305,7 @@ def test_the_same_data_in_another_folder(kit, tmp_path: Path, caplog: pytest.Log
 def test_an_entry_of_another_form_is_not_believed(caplog: pytest.LogCaptureFixture) -> None:
     identity = DataIdentity("exact", 0, "x")
     whole = whole_of(Layout(10, 4, 1, 1, 0), 41, 0)
-    state = begin(EPOCH, whole).entry(identity, torch.tensor([[[0, 0, 20, 1]]]), 5) | {"format": 0}
+    state = {"format": 0, "epoch": EPOCH, "step": 5}
     found = resume(state, EPOCH, whole, identity)
-    assert (found.step, found.segment) == (5, dataclasses.replace(whole, number=1, first_step=5))
-    assert "the form of the checkpoint's entry differs" in caplog.text
+    assert (found.step, found.segment) == (0, whole)
+    assert "the epoch is begun again from its start" in caplog.text
