@@ -174,7 +174,7 @@ class TrainLoader:
         source, layout = self._dataset.source, self._dataset.layout
         if course.segment.number > 0:
             layout = course.segment.layout(layout.seed)
-            source = source.rest(layout, course.row(layout.seed))
+            source = source.rest(layout, course.row)
         return Beginning(course.epoch, source, layout, course.step - course.segment.first_step, progress)
 
     def _unpacked(self, deliveries: Iterator[Delivery], course: Course, history: History) -> Iterator[Batch]:

@@ -25,6 +25,8 @@ from training.data.shuffle import pass_over
 
 log = logging.getLogger(__name__)
 
+# Of a checkpoint's entry. To be raised when something else follows from its numbers, such as with another first fill of the
+# shuffle buffer.
 FORMAT = 1
 # Orders in which the samples that are left of an epoch are known.
 EXACT, DEALT, DRAWN, ROWS = ORDERS = ("exact", "dealt", "drawn", "rows")
@@ -41,15 +43,13 @@ class DataIdentity:
     seed: int
     fingerprint: str
 
-    def changes(self, state: dict[str, Any]) -> list[str]:
-        """What of a checkpoint's entry is different here, in words; nothing if the epoch is of the same samples."""
-        if state.get("format") != FORMAT:
-            return ["the form of the checkpoint's entry"]
+    def change(self, state: dict[str, Any]) -> str | None:
+        """What of a checkpoint's entry is different here, in words; None if the epoch is of the same samples."""
         if state["seed"] != self.seed:
-            return [f"--seed (then {state['seed']}, now {self.seed})"]
+            return f"--seed (then {state['seed']}, now {self.seed})"
         if state["order"] != self.order:
-            return [f"the order of the data (then {state['order']}, now {self.order})"]
-        return [] if state["fingerprint"] == self.fingerprint else ["--train-data (names, sizes or factors)"]
+            return f"the order of the data (then {state['order']}, now {self.order})"
+        return None if state["fingerprint"] == self.fingerprint else "--train-data (names, sizes or factors)"
 
 
 @dataclass(frozen=True)
@@ -95,18 +95,16 @@ class Course:
     """How the loader goes through one epoch, from its beginning or from a checkpoint.
 
     step: the first step that is still to come. segment: the one it is in. places: [world_size, workers, 4] int64, where its
-    consumers stand. past: the checkpoint's entries of the segments before, where the order is exact.
+    consumers stand. row: the positions of the epoch that the segment shares out; of no account where the order is not exact.
+    past: the checkpoint's entries of the segments before, where the order is exact.
     """
 
     epoch: int
     step: int
     segment: Segment
     places: Tensor
+    row: Runs
     past: tuple[dict[str, Any], ...] = ()
-
-    def row(self, seed: int) -> Runs:
-        """The positions of the epoch that the segment's consumers share."""
-        return left_over(self.past, self.segment, seed, self.epoch)
 
     def entry(self, identity: DataIdentity, places: Tensor, step: int) -> dict[str, Any]:
         """The checkpoint's entry after `step` steps of the epoch: integers, texts, lists and int64 tensors.
@@ -127,7 +125,7 @@ class Course:
 
 def begin(epoch: int, whole: Segment) -> Course:
     """An epoch from its beginning."""
-    return Course(epoch, 0, whole, whole.places())
+    return Course(epoch, 0, whole, whole.places(), left_over((), whole, 0, epoch))
 
 
 def resume(state: dict[str, Any] | None, epoch: int, whole: Segment, identity: DataIdentity) -> Course:
@@ -140,37 +138,45 @@ def resume(state: dict[str, Any] | None, epoch: int, whole: Segment, identity: D
     """
     if state is None or state.get("epoch") != epoch:
         return begin(epoch, whole)
-    changes = identity.changes(state)
+    if state.get("format") != FORMAT:
+        log.warning("the checkpoint's entry of the data is of another version: the epoch is begun again from its start")
+        return begin(epoch, whole)
+    change, step, seed = identity.change(state), state["step"], identity.seed
     last, places = _segment(state["segments"][-1])
-    step = state["step"]
-    # A number for whatever happens below: no random number of the old segment is drawn a second time.
-    number = last.number + 1
-    if not changes and whole == dataclasses.replace(last, number=0, first_step=0):
-        return Course(epoch, step, last, places, tuple(state["segments"][:-1]))
-    if not changes and identity.order in (EXACT, ROWS):
+    if change is None and whole == dataclasses.replace(last, number=0, first_step=0):
+        past = tuple(state["segments"][:-1])
+        return Course(epoch, step, last, places, left_over(past, last, seed, epoch), past)
+    number = last.number + 1  # Whatever has changed: no random number of the old segment is drawn a second time.
+    if change is None and identity.order in (EXACT, ROWS):
         past = tuple(state["segments"])
-        left = len(left_over(past, whole, identity.seed, epoch))
-        segment = dataclasses.replace(whole, number=number, first_step=whole.steps - left // whole.global_batch)
-        return Course(epoch, segment.first_step, segment, segment.places(), past)
-    # Which samples are left is unknown, so a part of the epoch is left that is as large as the one not yet trained on.
-    # Beginning again instead would set back schedules that follow the steps, or make the run longer than was asked for.
-    segment = dataclasses.replace(whole, number=number, first_step=-(-whole.steps * step // last.steps))
-    if changes:
+        row = left_over(past, whole, seed, epoch)
+        segment = dataclasses.replace(whole, number=number, first_step=whole.steps - len(row) // whole.global_batch)
+    else:
+        first = -(-whole.steps * step // last.steps)
+        # Which samples are left is unknown: the part of the epoch that is left is as large as it was. Beginning again instead
+        # would set back schedules that follow the steps, or make the run longer than was asked for.
+        _warn(change, identity.order, first, whole.steps)
+        past, segment = (), dataclasses.replace(whole, number=number, first_step=first)
+        row = left_over(past, segment, seed, epoch)
+    return Course(epoch, segment.first_step, segment, segment.places(), row, past)
+
+
+def _warn(change: str | None, order: str, step: int, steps: int) -> None:
+    if change is not None:
         log.warning(
             "%s differs from the checkpoint's: the epoch goes on at step %d of %d of the present data, some of which may "
             "have been seen in this epoch",
-            changes[0],
-            segment.first_step,
-            segment.steps,
+            change,
+            step,
+            steps,
         )
-    elif identity.order == DEALT:
+    elif order == DEALT:
         log.warning(
             "ranks, workers, batches or the shuffle buffer differ from the checkpoint's and the sizes of the shards are "
             "unknown: shards are dealt anew for the steps from %d on, so some samples of the epoch may come twice or not at "
             "all; python -m training.data.index makes this exact",
-            segment.first_step,
+            step,
         )
-    return Course(epoch, segment.first_step, segment, segment.places())
 
 
 def left_over(past: Sequence[dict[str, Any]], present: Segment, seed: int, epoch: int) -> Runs:
@@ -181,13 +187,13 @@ def left_over(past: Sequence[dict[str, Any]], present: Segment, seed: int, epoch
     """
     segments = [_segment(entry) for entry in past]
     first = segments[0][0] if segments else present
-    row = Runs.of(min(first.first_step * first.global_batch, first.samples), first.samples)
-    following = [segment for segment, _ in segments[1:]] + [present]
-    for (segment, places), after in zip(segments, following):
-        row = _untaken(row, segment, places, seed, epoch)
-        # --train-num-samples may have been changed.
-        row = Runs.joined([row.below(after.samples), Runs.of(segment.samples, max(segment.samples, after.samples))])
-    return row
+    # --train-num-samples may change on the way, so positions that a segment has no use for are kept for the next one.
+    reach = max(segment.samples for segment in (present, *(segment for segment, _ in segments)))
+    row = Runs.of(min(first.first_step * first.global_batch, first.samples), reach)
+    for segment, places in segments:
+        used = row.below(segment.samples)
+        row = Runs.joined([_untaken(used, segment, places, seed, epoch), row.part(len(used), len(row))])
+    return row.below(present.samples)
 
 
 def _untaken(row: Runs, segment: Segment, places: Tensor, seed: int, epoch: int) -> Runs:

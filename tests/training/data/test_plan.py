@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from training.data.config import DataConfig
-from training.data.plan import DealtOrder, DrawnOrder, ExactOrder, Layout, Place, ShardSlice, plan_steps
+from training.data.plan import DealtOrder, DrawnOrder, ExactOrder, Layout, Place, ShardSlice, plan_steps, spare_slices
+from training.data.runs import Runs
+from training.data.seeds import Purpose
 from training.data.shards import Shard
 from training.errors import UserError
 
@@ -48,6 +52,60 @@ def test_exact_order_divides_the_data(trial: int) -> None:
     assert all(position < (shards[-1].size if url == "last" else shards[int(url)].size) for url, position in seen)
     quotas = [layout.worker_steps(worker) for worker in range(workers)]
     assert max(quotas) - min(quotas) <= 1
+
+
+@pytest.mark.parametrize("purpose", Purpose)
+def test_each_segment_of_an_epoch_draws_its_own_numbers(purpose: Purpose) -> None:
+    layouts = [Layout(5, 2, 1, 2, seed=3, segment=number) for number in range(3)]
+    drawn = {layout.derive(purpose, 1, 0, worker) for layout in layouts for worker in (0, 1)}
+    assert len(drawn) == 6
+    assert layouts[1].rng(purpose, 1).random() == random.Random(layouts[1].derive(purpose, 1)).random()
+
+
+@pytest.mark.parametrize("trial", range(30))
+def test_parts_of_the_row(trial: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever positions are left, they are the samples that the whole row has there, each shard opened for few slices."""
+    rng = random.Random(trial)
+    monkeypatch.setattr("training.data.plan._SHORT_RUN", rng.choice([1, 3, 1000]))
+    shards = [Shard(str(i), 0, rng.choice([0, 1, 7, 25])) for i in range(rng.randint(1, 6))] + [Shard("last", 0, 19)]
+    total = sum(shard.size or 0 for shard in shards)
+    alone = ExactOrder(shards, Layout(total, 1, 1, 1, seed=trial))
+    whole = slots_of(alone.slices(Place(4, 0, 0), 0))
+    left = sorted(rng.sample(range(total), rng.randint(1, total)))
+    row = Runs(np.array([[at, at + 1] for at in left]))
+    world, workers = rng.randint(1, 3), rng.randint(1, 3)
+    layout = Layout(len(left) // world, 1, world, workers, seed=trial, segment=1)
+    order = alone.rest(layout, row)
+    seen = []
+    for place in places(layout, epoch=4):
+        parts = list(order.slices(place, 0))
+        seen += slots_of(iter(parts))
+        assert sorted(slots_of(order.slices(place, 1))) == sorted(slots_of(iter(parts)))
+        assert sum(part.count() or 0 for part in parts) == layout.worker_steps(place.worker)
+    assert seen == [whole[at] for at in left][: layout.num_samples]
+
+
+def slots_of(parts: Iterator[ShardSlice]) -> list[tuple[str, int]]:
+    return [(part.shard.url, position) for part in parts for position in part.places()]
+
+
+@pytest.mark.parametrize(
+    "part", [ShardSlice(Shard("a", 0), 3, 20, 4), ShardSlice(Shard("a", 0), 2, 9, 1, frozenset({2, 5, 8}))]
+)
+def test_parts_of_a_slice(part: ShardSlice) -> None:
+    meant = [index for index in range(30) if part.has(index)]
+    assert part.places() == meant
+    assert part.count() == len(meant)
+    for passed in range(len(meant)):
+        assert part.after(passed).places() == meant[passed:]
+        assert part.only(meant[passed:]).places() == [i for i in range(30) if part.only(meant[passed:]).has(i)]
+    assert ShardSlice(Shard("a", 0), 3).count() is None
+
+
+def test_spares_have_a_known_number_where_sizes_are_known() -> None:
+    layout = Layout(1, 1, 1, 1, seed=3)
+    order = ExactOrder([Shard("a", 0, 5), Shard("b", 0, 7)], layout)
+    assert sum(part.count() or 0 for part in spare_slices(order, Place(0, 0, 0), 0)) == 12
 
 
 def test_one_shard_leaves_out_other_samples_each_epoch() -> None:
