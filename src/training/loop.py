@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -217,8 +219,11 @@ def _log(training: Training, epoch: int, index: int, output: Output, interval: I
 
 def _seed(seed: int, epoch: int, rank: int) -> None:
     # Dropout and patch dropout start every epoch from a state of their own, so that a resumed run draws what an
-    # uninterrupted one does.
-    torch.manual_seed((seed * 1_000_003 + epoch) * 100_003 + rank)
+    # uninterrupted one does. Nothing here draws from the other two, but what a user adds may.
+    number = (seed * 1_000_003 + epoch) * 100_003 + rank
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number & 0xFFFFFFFF)  # noqa: NPY002
 
 
 @contextmanager

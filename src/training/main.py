@@ -36,6 +36,7 @@ from training.params import data_config, parse_args
 from training.plan import plan_lines
 from training.preemption import EXIT_INTERRUPTED, Signals, requeue_job
 from training.random_state import set_rng_state
+from training.remote_files import Remote
 from training.remote_sync import RemoteSync, fetch_newest
 from training.reporting import Reporter, log_to_file, start_logging
 from training.run_folder import RunFolder, cut_back, default_name
@@ -131,9 +132,11 @@ def train(args: Namespace, world: World, signals: Signals, started: float) -> in
     evaluator = world.check_together(
         lambda: Evaluator(args, bundle, world, training.precision, lambda: signals.received is not None)
     )
-    saver = Saver(folder, training, *world.check_together(lambda: _outlets(args, folder, world)))
-    first_step = _resume(args, folder, training, saver)
+    first_step, there = _resume(args, folder, training)
     world.check_together(lambda: _write_plan(args, world, folder, training))
+    saver = Saver(folder, training, *world.check_together(lambda: _outlets(args, folder, world)))
+    if there is not None and there.step_in_epoch > 0:
+        saver.resume_report(there.data_report)
     boundary = Boundary(training, saver, signals, NonFiniteLog(folder.path / "nonfinite.jsonl"), started)
     signals.armed = True
     with garbage.thawed_at_the_end():
@@ -180,8 +183,11 @@ def _end(args: Namespace, world: World, ending: Ending) -> int:
     return ending.status
 
 
-def _resume(args: Namespace, folder: RunFolder, training: Training, saver: Saver) -> int:
-    """Load the checkpoint that --resume names; returns the step of the epoch at which the run goes on.
+def _resume(args: Namespace, folder: RunFolder, training: Training) -> tuple[int, Continuation | None]:
+    """Load the checkpoint that --resume names.
+
+    Returns:
+        The step of the epoch at which the run goes on, and what the checkpoint says of how it went on.
 
     Raises:
         UserError: there is none such, or it does not fit; on all ranks together.
@@ -192,19 +198,27 @@ def _resume(args: Namespace, folder: RunFolder, training: Training, saver: Saver
         world.check_together(lambda: _checkpoint_to_resume(args, folder) if world.is_main else None)
     )
     if checkpoint is None:
-        return 0
+        # A process that ended before its first checkpoint may have told of steps that now come again.
+        world.check_together(lambda: _cut_back(folder, 0) if world.is_main and args.resume else None)
+        return 0, None
     there = world.check_together(lambda: state.load(read_checkpoint(checkpoint), checkpoint, args.model))
     within = there is not None and there.step_in_epoch > 0
     first_step = world.check_together(lambda: loader.resume_at(there.data if within else None, state.epoch))
     state.follow_schedule(loader.steps_per_epoch, first_step)
     if within:
         _restore_generators(args, training, there, first_step)
-        saver.resume_report(there.data_report)
     if world.is_main:
         logging.info("resumed from %s: epoch %d, step %d", checkpoint, state.epoch, state.step)
-        for path in (folder.metrics, folder.results):
-            cut_back(path, state.step)
-    return first_step
+    world.check_together(lambda: _cut_back(folder, state.step) if world.is_main else None)
+    return first_step, there
+
+
+def _cut_back(folder: RunFolder, step: int) -> None:
+    for path in (folder.metrics, folder.results):
+        try:
+            cut_back(path, step)
+        except OSError as error:
+            raise UserError(f"--resume: {path} cannot be cut back to step {step} ({error.strerror}); make room there") from None
 
 
 def _restore_generators(args: Namespace, training: Training, there: Continuation, first_step: int) -> None:
@@ -216,7 +230,10 @@ def _restore_generators(args: Namespace, training: Training, there: Continuation
 
 
 def _outlets(args: Namespace, folder: RunFolder, world: World) -> tuple[CheckpointWriter, RemoteSync | None]:
-    """What writes checkpoints, and what copies them elsewhere: on rank 0."""
+    """What writes checkpoints, and what copies them elsewhere: on rank 0.
+
+    To be called when the run folder is as the run goes on from it, and before the loader starts processes.
+    """
     sync = RemoteSync(args.remote_sync, folder) if args.remote_sync and world.is_main else None
     writer = CheckpointWriter(
         folder.checkpoints,
@@ -238,8 +255,13 @@ def _evaluate(training: Training, evaluator: Evaluator) -> None:
 def _write_plan(args: Namespace, world: World, folder: RunFolder, training: Training) -> None:
     if not world.is_main:
         return
-    folder.write_params(args)
-    copy_model_configs(args.model_config, folder.model_configs)
+    try:
+        folder.write_params(args)
+        copy_model_configs(args.model_config, folder.model_configs)
+    except OSError as error:
+        raise UserError(
+            f"--logs {args.logs}: cannot write to {folder.path} ({error.strerror}); make room there"
+        ) from None
     for line in plan_lines(args, world, training.state.towers, training.state.objective, training.loader):
         logging.info(line)
 
@@ -254,6 +276,8 @@ def _check_inputs(args: Namespace, folder: RunFolder, world: World) -> None:
     check_train_data(data_config(args, objective_class.needs_keys), world_size=world.size)
     if args.resume and args.resume != "latest" and not Path(args.resume).is_file():
         raise UserError(f"--resume {args.resume}: there is no such file; give a checkpoint, or latest")
+    if world.is_main and args.remote_sync:
+        Remote(args.remote_sync, folder.name)  # refuses what fsspec does not know
     if world.is_main:
         folder.create()
         remove_leftovers(folder.checkpoints)

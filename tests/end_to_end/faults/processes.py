@@ -23,6 +23,13 @@ _CONTEXT.set_forkserver_preload(["torch", "open_clip", "webdataset", "training.m
 STARTING = 120.0
 
 
+def start_server() -> None:
+    """Until ranks can be forked without delay."""
+    first = _CONTEXT.Process(target=int)
+    first.start()
+    first.join()
+
+
 class Run:
     """A run of training on some ranks of this machine.
 
