@@ -247,13 +247,32 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run, or None. The others that are newer are named in the log, with what they lack."""
+    """The newest whole checkpoint of a run, or None where it has no checkpoints at all.
+
+    Others that are newer are named in the log, with what is wrong with them.
+
+    Raises:
+        UserError: there are checkpoints, and none is whole. To start anew would write over them.
+    """
+    newest, wrong = newest_whole(folder)
+    if newest is None and wrong is not None:
+        raise UserError(
+            f"--resume latest: no checkpoint in {folder} is whole, not even the newest, {wrong}; "
+            "put back what is missing, or remove them to start anew"
+        )
+    return newest
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, str | None]:
+    """(the newest whole checkpoint if there is one, what is wrong with the first that was passed over, if one was)."""
+    first_wrong = None
     for path in checkpoint_files(folder):
         wrong = _what_is_wrong(path)
         if wrong is None:
-            return path
+            return path, first_wrong
         logging.warning("passed over %s: %s", path, wrong)
-    return None
+        first_wrong = first_wrong or f"{path.name}: {wrong}"
+    return None, first_wrong
 
 
 def _what_is_wrong(path: Path) -> str | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from training.atomic_files import link_atomically, remove, write_atomically
-from training.checkpoint import LATEST, NAME, checkpoint_files, newest_checkpoint
+from training.checkpoint import LATEST, NAME, checkpoint_files, newest_whole
 from training.host_copy import HostCopy
 from training.table_files import remove_unused, table_folders
 
@@ -104,7 +104,7 @@ class CheckpointWriter:
                 self._executor.shutdown()
             self._host_copy = HostCopy()
 
-    def report_failure(self, error: OSError) -> str:
+    def report_failure(self, error: Exception) -> str:
         """Say in the log, in the same way, that another part of a checkpoint could not be written (`save_tables`).
 
         What other ranks wrote of the same tables is removed.
@@ -144,7 +144,7 @@ class CheckpointWriter:
             self.on_saved(written, removed)
 
     def _describe(self, failure: str) -> str:
-        last = self._last_whole or newest_checkpoint(self.folder)
+        last = self._last_whole or newest_whole(self.folder)[0]
         failure = f"{failure}; the last whole checkpoint is {last or 'none yet'}"
         logging.error("%s; training goes on (--strict-save ends it)", failure)
         return failure

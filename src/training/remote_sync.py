@@ -158,8 +158,8 @@ class Mirror:
 class RemoteSync:
     """Keeps a remote copy of a run folder up to date from a thread of its own. Nothing that fails there ends the run.
 
-    To be made when the folder is as the run goes on from it, and before the loader starts processes: a process that is forked
-    in the moment a thread starts can hang. What is not there yet is sent at once.
+    To be made before the loader starts processes: a process that is forked in the moment a thread starts can hang. Nothing is
+    sent before `start`.
 
     Args:
         url: --remote-sync.
@@ -179,9 +179,18 @@ class RemoteSync:
         self._mirror = Mirror(self.remote, folder.path)
         self._removed: list[Path] = []
         self._condition = threading.Condition()
-        self._is_due, self._is_last = True, False
+        self._is_due = self._is_last = False
         self._thread = threading.Thread(target=self._run, name="remote-sync", daemon=True)
         self._thread.start()
+
+    def start(self) -> None:
+        """The folder is as the run goes on from it: send what is not there yet, and see what an earlier start has sent.
+
+        Only what is known to be sent by this run is ever removed.
+        """
+        with self._condition:
+            self._is_due = True
+            self._condition.notify()
 
     def saved(self, written: Sequence[Path], removed: Sequence[Path]) -> None:
         """A checkpoint is there (CheckpointWriter's `on_saved`): send it soon, and remove there what was removed here."""
@@ -285,7 +294,8 @@ def fetch_newest(url: str, folder: RunFolder) -> Path | None:
             path = folder.path / place
             if any(Path(place).match(pattern) for pattern in SMALL_FILES) and not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                remote.fetch(place, path)
+                remote.fetch(place, temporary_of(path))
+                os.replace(temporary_of(path), path)
         for name, record in _whole_ones(remote, places):
             wrong = _fetch_checkpoint(remote, places, folder.checkpoints / name, record)
             if wrong is None:

@@ -32,7 +32,11 @@ def short(train: Trainer, corpus: Corpus, tmp_path: Path) -> Callable[..., Path]
 
 
 def _checkpoints(run: Path) -> list[str]:
-    return sorted(path.name for path in (run / "checkpoints").iterdir())
+    """The names of all files there; each has its sidecar, which is left out."""
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    files = {name for name in names if not name.endswith(".json")}
+    assert names == files | {f"{name}.json" for name in files}
+    return sorted(files)
 
 
 def _weights(run: Path, name: str = "epoch_1.pt") -> dict[str, torch.Tensor]:

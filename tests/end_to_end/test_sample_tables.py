@@ -66,7 +66,8 @@ def test_tables_come_and_go_with_their_checkpoints(train: Callable[..., int], co
     assert train(*flags) == 0
     checkpoints = tmp_path / "logs" / "run" / "checkpoints"
     (folder,) = checkpoints.glob("tables-*")
-    assert {path.name for path in checkpoints.iterdir()} == {"epoch_3.pt", "epoch_latest.pt", folder.name}
+    files = {"epoch_3.pt", "epoch_latest.pt"}
+    assert {path.name for path in checkpoints.iterdir()} == {folder.name, *files, *(f"{name}.json" for name in files)}
     for name in ("epoch_3.pt", "epoch_latest.pt"):
         assert read_checkpoint_file(checkpoints / name)["tables"] == folder.name
 
@@ -81,7 +82,8 @@ def test_lost_tables_are_missed(
     capsys.readouterr()
     assert train(*_flags(corpus, "run", "--resume", "latest")) == 2
     message = capsys.readouterr().err
-    assert message.startswith(f"error: --resume needs the per-sample tables in {folder}")
+    assert message.startswith("error: --resume latest: no checkpoint in")
+    assert f"epoch_1.pt: its per-sample tables in {folder} are not there" in message
     assert len(message.splitlines()) == 1
 
 

@@ -325,6 +325,16 @@ def test_of_one_file_with_two_names_the_numbered_one_is_newest(tmp_path: Path) -
     assert newest_checkpoint(tmp_path) == tmp_path / "iter_40.pt"
 
 
+def test_a_run_without_a_whole_checkpoint_is_not_started_anew(tmp_path: Path) -> None:
+    """That would write over what may still be repaired."""
+    for number in (1, 2):
+        write_atomically(tmp_path / f"epoch_{number}.pt", {"epoch": 1})
+        _touch(tmp_path / f"epoch_{number}.pt", 100 * number)
+        (tmp_path / f"epoch_{number}.pt").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"--resume latest: no checkpoint in .* is whole.*epoch_2\.pt: it is 7 bytes"):
+        newest_checkpoint(tmp_path)
+
+
 def test_newest_checkpoint_ignores_other_files(tmp_path: Path) -> None:
     for name in (".epoch_1.pt.77.tmp", "epoch_best.pt", "weights.pt", "epoch_1.pt.bak"):
         write_atomically(tmp_path / name, {"epoch": 1})

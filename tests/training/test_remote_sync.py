@@ -169,6 +169,9 @@ def test_only_what_has_changed_is_sent_again(folder: RunFolder) -> None:
     Trouble.log.clear()
     # A new start knows by the sidecars what is there.
     second = RemoteSync(url, folder)
+    time.sleep(0.05)
+    assert Trouble.log == []
+    second.start()
     _until(lambda: len(Trouble.log) == 3)
     assert set(Trouble.log) == SMALL
     Trouble.log.clear()
@@ -206,6 +209,7 @@ def test_what_the_writer_removes_goes_there_and_nothing_else(url: str, folder: R
     (folder.checkpoints / "epoch_7.pt").write_bytes(b"damaged")
     os.utime(folder.checkpoints / "epoch_7.pt", (1, 1))
     sync = RemoteSync(url, folder)
+    sync.start()
     writer = CheckpointWriter(folder.checkpoints, keep_last=2, on_saved=sync.saved)
     for epoch in range(1, 5):
         tables = f"tables-{epoch}-aa"
@@ -279,6 +283,7 @@ def test_one_file_that_fails_does_not_keep_the_others_back(folder: RunFolder) ->
     _write(folder, "epoch_1.pt", 1.0)
     _write(folder, "epoch_2.pt", 2.0)
     sync = RemoteSync("trouble://bucket/runs", folder)
+    sync.start()
     _until(lambda: _there("trouble://bucket/runs") == {*SMALL, *_pair("epoch_1.pt")})
     assert not sync.finish(0.1)
     Trouble.failing = 0
