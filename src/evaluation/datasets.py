@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import open_clip
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from webdataset.shardlists import expand_urls
@@ -29,6 +29,9 @@ from evaluation.errors import UserError
 from evaluation.zero_shot import Template
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+# Pillow knows many more formats, and runs programs for some (Ghostscript for EPS), whatever the name of the file.
+IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP")
+MOST_SHARDS = 100_000
 DEFAULT_TEMPLATES = ("a photo of a {c}.",)
 
 Transform = Callable[[Image.Image], Any]
@@ -110,6 +113,8 @@ def _scan_shard(shard: str, number: int) -> Iterator[tuple[str, dict[str, Member
     try:
         with tarfile.open(shard, "r:") as tar:
             for info in tar:
+                if info.size < 0:
+                    raise tarfile.ReadError(f"the size of {info.name} is negative")
                 prefix, extension = base_plus_ext(info.name) if info.isreg() else (None, None)
                 if prefix is None or extension is None or prefix.startswith("__"):
                     continue
@@ -121,10 +126,24 @@ def _scan_shard(shard: str, number: int) -> Iterator[tuple[str, dict[str, Member
                 if extension in members:
                     raise UserError(f"shard {shard} holds {info.name} twice; rebuild it with one key per sample.")
                 members[extension] = Member(number, info.offset_data, info.size)
-    except tarfile.TarError as error:
+            # tarfile takes a damaged header for the end, and a file that is cut off between two members for whole.
+            _check_end(shard, tar.offset)
+    except UserError:
+        raise
+    except Exception as error:
+        # What tarfile raises at damage depends on the field: tarfile.TarError, ValueError, OverflowError, MemoryError.
         raise UserError(f"shard {shard} is not an uncompressed tar file ({error}); rebuild or gunzip it.") from None
     if members:
         yield key, members
+
+
+def _check_end(shard: str, offset: int) -> None:
+    """Checks that an archive has its end mark where its members end."""
+    with open(shard, "rb") as file:
+        file.seek(offset)
+        block = file.read(tarfile.BLOCKSIZE)
+    if block != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"no header and no end-of-archive mark at byte {offset}")
 
 
 def _has(members: dict[str, Member], extension: str) -> bool:
@@ -164,8 +183,9 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         UserError: if the bytes are no image, with `name` in the message.
     """
     try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        return Image.open(io.BytesIO(data), formats=IMAGE_FORMATS).convert("RGB")
+    except Exception as error:
+        # Decoders raise whatever their format suggests (SyntaxError, struct.error, …), for damage alone.
         raise UserError(f"{name}: the image cannot be decoded ({error}); remove or rebuild the sample.") from None
 
 
@@ -256,7 +276,7 @@ class PairDataset(Share):
             return ""
         try:
             facts = json.loads(self._text(i, "json"))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{self.index.name(i)}: its json cannot be read ({error}); rebuild the sample.") from None
         return str(facts.get("concept", "")) if isinstance(facts, dict) else ""
 
@@ -316,7 +336,7 @@ class ShardClassification(Share):
 
     def _label(self, i: int) -> int:
         text = self.index.read(self.index.members[i]["cls"]).decode("utf-8", "replace").strip()
-        if not re.fullmatch(r"[0-9]+", text) or int(text) >= self.number_of_classes:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) >= self.number_of_classes:
             limit = self.number_of_classes - 1
             raise UserError(f"{self.index.name(i)}: cls is {text!r}; it must be a number in 0 … {limit}.")
         return int(text)
@@ -390,7 +410,7 @@ def open_classification(
     if (root / "test" / "nshards.txt").is_file():
         names, templates = _lines(root / "classnames.txt"), _lines(root / "zeroshot_classification_templates.txt")
         text = (root / "test" / "nshards.txt").read_text().strip()
-        if not text.isdecimal() or int(text) < 1:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or not 1 <= int(text) <= MOST_SHARDS:
             raise UserError(f"{root}/test/nshards.txt says {text!r}; it must hold the number of shards.")
         shards = [root / "test" / f"{number}.tar" for number in range(int(text))]
         dataset = ShardClassification(shards, len(names), transform, rank=rank, world_size=world_size)
