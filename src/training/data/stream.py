@@ -215,8 +215,6 @@ class BatchDataset(IterableDataset):
 
     def _batches(self, begin: Beginning, worker: int, done: int) -> Iterator[Delivery]:
         layout, place = begin.layout, Place(begin.epoch, self.rank, worker)
-        # An epoch that was left early may have counted samples of a batch that never came about.
-        self.tally.drain()
         slots = Slots(begin.source, layout, place, self.shuffle_buffer, self.tally, begin.progress[worker])
         samples = iter(slots)
         for index in range(done, layout.worker_steps(worker)):

@@ -112,7 +112,7 @@ def test_the_rest_is_the_uninterrupted_one(
             places[step] = loader.place(step)
         states[len(whole)] = places
     # Worker processes take time to start; without them every step is tried.
-    for step in range(steps + 1) if workers == 0 else (0, 1, steps // 2, steps - 1, steps):
+    for step in range(steps + 1) if workers == 0 else (0, steps // 2, steps - 1, steps):
         places = torch.stack([states[rank][step] for rank in range(1, world + 1)])
         state = through_a_file(whole_ranks[0].state(places, step))
         for rank, loader in enumerate(open_ranks(config, world, kit.noisy_preprocess)):
