@@ -22,7 +22,7 @@ from training import distributed, garbage
 from training.assembly import assemble, objective_of_run, open_data
 from training.bench_data import bench_data
 from training.boundary import Boundary, Ending
-from training.checkpoint import Continuation, newest_checkpoint, read_checkpoint, remove_leftovers
+from training.checkpoint import Continuation, check_whole, newest_checkpoint, read_checkpoint, remove_leftovers
 from training.checkpoint_writer import CheckpointWriter
 from training.data import NoUsableSamplesError, check_train_data
 from training.distributed import World
@@ -202,6 +202,7 @@ def _resume(args: Namespace, folder: RunFolder, training: Training) -> tuple[int
         world.check_together(lambda: _cut_back(folder, 0) if world.is_main and args.resume else None)
         return 0, None
     there = world.check_together(lambda: state.load(read_checkpoint(checkpoint), checkpoint, args.model))
+    saved_step = state.step
     within = there is not None and there.step_in_epoch > 0
     first_step = world.check_together(lambda: loader.resume_at(there.data if within else None, state.epoch))
     state.follow_schedule(loader.steps_per_epoch, first_step)
@@ -209,7 +210,8 @@ def _resume(args: Namespace, folder: RunFolder, training: Training) -> tuple[int
         _restore_generators(args, training, there, first_step)
     if world.is_main:
         logging.info("resumed from %s: epoch %d, step %d", checkpoint, state.epoch, state.step)
-    world.check_together(lambda: _cut_back(folder, state.step) if world.is_main else None)
+    # The log counts in the steps of the run that wrote it.
+    world.check_together(lambda: _cut_back(folder, saved_step) if world.is_main else None)
     return first_step, there
 
 
@@ -218,7 +220,9 @@ def _cut_back(folder: RunFolder, step: int) -> None:
         try:
             cut_back(path, step)
         except OSError as error:
-            raise UserError(f"--resume: {path} cannot be cut back to step {step} ({error.strerror}); make room there") from None
+            raise UserError(
+                f"--resume: {path} cannot be cut back to step {step} ({error.strerror}); make room there"
+            ) from None
 
 
 def _restore_generators(args: Namespace, training: Training, there: Continuation, first_step: int) -> None:
@@ -232,13 +236,16 @@ def _restore_generators(args: Namespace, training: Training, there: Continuation
 def _outlets(args: Namespace, folder: RunFolder, world: World) -> tuple[CheckpointWriter, RemoteSync | None]:
     """What writes checkpoints, and what copies them elsewhere: on rank 0.
 
-    To be called when the run folder is as the run goes on from it, and before the loader starts processes.
+    To be called when the run folder is as the run goes on from it, and before the loader starts processes: both have a
+    thread, and a process that is forked in the moment a thread starts can hang.
     """
     sync = RemoteSync(args.remote_sync, folder) if args.remote_sync and world.is_main else None
+    if sync is not None:
+        sync.start()
     writer = CheckpointWriter(
         folder.checkpoints,
-        in_background=args.save_in_background,
-        keep_last=args.keep_last or 0,
+        in_background=args.save_in_background and world.is_main,
+        keep_last=args.keep_last,
         delete_previous=args.delete_previous_checkpoint,
         on_saved=None if sync is None else sync.saved,
     )
@@ -276,11 +283,14 @@ def _check_inputs(args: Namespace, folder: RunFolder, world: World) -> None:
     check_train_data(data_config(args, objective_class.needs_keys), world_size=world.size)
     if args.resume and args.resume != "latest" and not Path(args.resume).is_file():
         raise UserError(f"--resume {args.resume}: there is no such file; give a checkpoint, or latest")
-    if world.is_main and args.remote_sync:
-        Remote(args.remote_sync, folder.name)  # refuses what fsspec does not know
     if world.is_main:
+        if args.remote_sync:
+            Remote(args.remote_sync, folder.name).check(args.resume)
         folder.create()
         remove_leftovers(folder.checkpoints)
+        if args.resume == "latest" and args.remote_sync and newest_checkpoint(folder.checkpoints) is None:
+            # Before anything is written here that the remote copy has too.
+            fetch_newest(args.remote_sync, folder)
         log_to_file(folder.path / "out.log")
 
 
@@ -288,10 +298,9 @@ def _checkpoint_to_resume(args: Namespace, folder: RunFolder) -> Path | None:
     if args.resume is None:
         return None
     if args.resume != "latest":
+        check_whole(Path(args.resume))
         return Path(args.resume)
     newest = newest_checkpoint(folder.checkpoints)
-    if newest is None and args.remote_sync:
-        newest = fetch_newest(args.remote_sync, folder)
     if newest is None:
         logging.info("--resume latest: no checkpoint in %s yet, starting anew", folder.checkpoints)
     return newest

@@ -271,7 +271,13 @@ def _run(parser: ArgumentParser) -> None:
     add("--save-every-minutes", type=float, help="the same by the clock")
     add("--save-in-background", action="store_true", help="a step waits for the copy to host memory, not for the disk")
     add("--strict-save", action="store_true", help="end the run when a checkpoint cannot be written (a full disk, say)")
-    add("--keep-last", type=int, metavar="K", help="keep the newest K iter_S.pt and the newest K epoch_N.pt")
+    add(
+        "--keep-last",
+        type=int,
+        default=0,
+        metavar="K",
+        help="keep the K iter_S.pt and the K epoch_N.pt written last; 0: all. epoch_latest.pt always stays",
+    )
     add("--delete-previous-checkpoint", action="store_true", help="keep only the newest epoch_N.pt")
     add("--remote-sync", metavar="URL", help="copy checkpoints and logs there, by fsspec: s3://…, gs://…, a folder, …")
     add("--val-frequency", type=int, default=1, help="epochs between evaluations on --val-data; 0: never")
@@ -359,9 +365,9 @@ _TEMPERATURE = _Range(lambda value: 0.01 <= value <= 1, "at least 0.01 and at mo
 
 _RANGES = {
     **dict.fromkeys(("epochs", "log_every_n_steps", "val_num_samples", "dist_timeout", "epochs_cooldown"), _COUNT),
-    **dict.fromkeys(("eval_timeout", "save_every_n_steps", "keep_last"), _COUNT),
+    **dict.fromkeys(("eval_timeout", "save_every_n_steps"), _COUNT),
     **dict.fromkeys(("save_every_minutes", "max_hours"), _POSITIVE),
-    "data_timeout": _NOT_NEGATIVE,
+    **dict.fromkeys(("data_timeout", "keep_last"), _NOT_NEGATIVE),
     "max_bad_fraction": _SHARE,
     **dict.fromkeys(("warmup", "save_frequency", "val_frequency", "zeroshot_frequency"), _NOT_NEGATIVE),
     **dict.fromkeys(("wd", "eps", "lr_min", "lr_tau", "lr_cooldown_end", "lr_cooldown_power"), _NOT_NEGATIVE),
