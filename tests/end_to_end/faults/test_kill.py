@@ -1,8 +1,8 @@
 """kill -9 at any moment, then --resume latest, again and again: the run ends as the one that nothing disturbed.
 
-Each case is a run on two ranks whose processes are all killed at random points, drawn from a seed: while it starts, trains, saves
-or evaluates. It is started again each time until it comes to its end. Then every step's numbers and the last checkpoint must be,
-to the bit, those of the uninterrupted run: so no sample was lost or seen twice, and no state was left behind.
+Each case is a run on two ranks whose processes are all killed at random points, drawn from a seed: while it starts, trains,
+saves or evaluates. It is started again each time until it comes to its end. Then every step's numbers and the last checkpoint
+must be, to the bit, those of the uninterrupted run: so no sample was lost or seen twice, and no state was left behind.
 
 FAULT_KILLS=200 runs the long form.
 """
