@@ -125,8 +125,7 @@ class Boundary:
 
     def _numbers(self, steps_done: int) -> dict[str, int]:
         self._untold += self._training.guard.findings(wait=steps_done == self._training.loader.steps_per_epoch)
-        counts = self._training.loader.counts(steps_done)
-        bad = sum(counts.problems.values())
+        good, bad = self._training.loader.totals(steps_done)
         received = self._signals.received
         now, main = self._clock(), self._world.is_main
         hours, minutes = self._args.max_hours, self._args.save_every_minutes
@@ -139,7 +138,7 @@ class Boundary:
             "busy": self._saver.busy,
             "save_failed": self._args.strict_save and self._saver.failed,
             "bad": bad,
-            "looked_at": bad + counts.good,
+            "looked_at": good + bad,
             "findings": len(self._untold),
             "hopeless": self._training.guard.in_a_row >= HOPELESS_STEPS,
         }
