@@ -56,6 +56,7 @@ class Member:
 class Shard:
     """A tar file, sound at first.
 
+    length: of the sound file, in bytes, as are the places of members.
     touched: ranges of bytes of the sound file that are not what they were.
     ruined: samples that the faults cost something although their bytes are there.
     wild: some header says something else than before and is sound: what comes after it cannot be foretold.
@@ -66,6 +67,7 @@ class Shard:
     samples: list[Sample]
     members: list[Member]
     data: bytearray
+    length: int
     touched: list[tuple[int, int]] = field(default_factory=list)
     ruined: set[int] = field(default_factory=set)
     wild: bool = False
@@ -144,7 +146,7 @@ SAMPLE_FAULTS: list[tuple[str | None, Callable[[Members, random.Random], Members
     (Problem.HUGE_IMAGE, _with("jpg", _bomb())),
     (Problem.EMPTY_CAPTION, _with("txt", b"", b" \n", "\u3000".encode())),
     (Problem.BAD_CAPTION, _with("txt", b"\xff\xfe", b"caf\xe9", b"\xed\xa0\x80")),
-    (Problem.LONG_CAPTION, _with("txt", b"x" * 70_000)),
+    (Problem.LONG_CAPTION, _with("txt", b"x " * 40_000, b"x" * 5000)),
     (Problem.NO_KEY, _with("json", b"", b"{", b"[" * 5000, b'{"key": ' + b"9" * 5000 + b"}", b'{"key": 0.5}', b"\xff")),
     (Problem.TWICE, _twice),
     (None, _caption_in_json),
@@ -181,7 +183,7 @@ def _packed_up(samples: list[Sample], form: int, mtime: float) -> Shard:
                 tar.addfile(entry, io.BytesIO(content))
                 begin = tar.offset - (len(content) + -len(content) % BLOCK)
                 places.append(Member(number, start, begin, begin + len(content), tar.offset))
-    return Shard(samples, places, bytearray(file.getvalue()))
+    return Shard(samples, places, bytearray(file.getvalue()), file.tell())
 
 
 def corrupt(shard: Shard, rng: random.Random) -> None:
@@ -323,6 +325,7 @@ def _double_member(shard: Shard, rng: random.Random) -> None:
 
 def pack(shard: Shard, rng: random.Random) -> None:
     """Compresses the shard, and harms what comes of it; only a cut leaves something that can be foretold."""
+    inserted = max(len(shard.data) - shard.length, 0)
     data = bytearray(gzip.compress(bytes(shard.data), 1, mtime=0))
     shard.packed = shard.harmed = True
     shard.wild |= shard.misled
@@ -330,7 +333,7 @@ def pack(shard: Shard, rng: random.Random) -> None:
     if how == "cut":
         data = data[: rng.randrange(len(data))]
         there = len(zlib.decompressobj(31).decompress(bytes(data))) if data else 0
-        shard.touched.append((there, max(len(shard.data), there + 1)))
+        shard.touched.append((there - inserted, len(shard.data) + 1))
     elif how != "sound":
         begin = rng.randrange(len(data))
         if how == "flip":
