@@ -132,7 +132,12 @@ class ForwardBytes:
         """From what was unread first."""
         content, self._ahead = self._ahead[:size], self._ahead[size:]
         if len(content) < size:
-            content += self._stream.read(size - len(content))
+            try:
+                content += self._stream.read(size - len(content))
+            except DamagedCompressionError:
+                # What was unread lies before the damage.
+                if not content:
+                    raise
         self._position += len(content)
         return content
 
