@@ -87,7 +87,7 @@ class Boundary:
             self._tell_findings()
         if steps_done == self._training.loader.steps_per_epoch:
             return None
-        ending = self._ending(sums)
+        ending = self._ending(sums, steps_done)
         if ending is None and self._save_is_due and not sums["busy"]:
             with interval.paused():
                 self._saver.within_epoch(steps_done, numbered=True)
@@ -112,7 +112,7 @@ class Boundary:
             self._tell_findings()
         if self._training.state.epoch >= self._args.stop_epochs:
             sums["hours"] = 0  # There is nothing left to go on with.
-        return self._ending(sums, whole_epoch=True)
+        return self._ending(sums, self._training.loader.steps_per_epoch)
 
     @property
     def save_is_due(self) -> bool:
@@ -143,7 +143,7 @@ class Boundary:
             "hopeless": self._training.guard.in_a_row >= HOPELESS_STEPS,
         }
 
-    def _ending(self, sums: dict[str, int], whole_epoch: bool = False) -> Ending | None:
+    def _ending(self, sums: dict[str, int], steps_done: int) -> Ending | None:
         if sums["save_failed"]:
             return Ending("a checkpoint could not be written and --strict-save is given", FAILED, saves=False)
         if sums["findings"] and self._args.on_nonfinite == "stop":
@@ -159,8 +159,8 @@ class Boundary:
                 FAILED,
                 saves=False,
             )
-        if self._is_too_bad(sums, whole_epoch):
-            summary = self._saver.report().summary()
+        if self._is_too_bad(sums, steps_done):
+            summary = self._saver.report(steps_done).summary()
             limit = f"--max-bad-fraction {self._args.max_bad_fraction:g}"
             return Ending(f"more of the data is broken than {limit} allows\n{summary}", FAILED, saves=True)
         if sums["warned"] or sums["asked"] or sums["hours"]:
@@ -169,8 +169,9 @@ class Boundary:
             return Ending(what, EXIT_INTERRUPTED, saves=True, requeues=not sums["asked"])
         return None
 
-    def _is_too_bad(self, sums: dict[str, int], whole_epoch: bool) -> bool:
+    def _is_too_bad(self, sums: dict[str, int], steps_done: int) -> bool:
         limit = self._args.max_bad_fraction
+        whole_epoch = steps_done == self._training.loader.steps_per_epoch
         if limit is None or not (whole_epoch or sums["looked_at"] >= FEWEST_JUDGED):
             return False
         return sums["bad"] > limit * sums["looked_at"]

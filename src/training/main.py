@@ -163,9 +163,9 @@ def _epochs(
         first_step = 0
         state.epoch = epoch + 1
         # Saved before it is evaluated: an evaluation that fails must not cost the epoch.
+        saver.finish_report()
         saver.after_epoch(boundary.save_is_due)
         ending = boundary.after_epoch()
-        saver.finish_report()
         if ending is None:
             _evaluate(training, evaluator)
             ending = boundary.after_evaluation()
