@@ -247,9 +247,10 @@ def _walk(source: TarBytes) -> Iterator[Member | Damage]:
             continue
         data, size = begin + BLOCK, header.size
         if header.kind in _REGULAR:
-            size = int(announced.get("size", size))
-            name = str(announced.get("path", header.name))
-            announced = {}
+            name = header.name
+            if announced:
+                size, name = int(announced.get("size", size)), str(announced.get("path", name))
+                announced = {}
             # Of old, a file with such a name was a folder.
             if not name.endswith("/"):
                 yield Member(name, size, source.holds(data + size))
@@ -345,12 +346,13 @@ def parse_header(block: bytes) -> Header | None:
     if len(block) < BLOCK:
         return None
     try:
-        checksum = int(block[148:156].strip(b" \0"), 8)
+        field = block[148:156]
+        checksum = int(field.strip(b" \0"), 8)
         size = _size(block[124:136])
     except ValueError:
         return None
     # The sum is taken with eight blanks in place of the checksum itself; old programs took bytes for signed.
-    total = sum(block) - sum(block[148:156]) + 8 * 32
+    total = sum(block) - sum(field) + 8 * 32
     if (total != checksum and total - 256 * _negative_bytes(block) != checksum) or size < 0:
         return None
     name = block[:100].split(b"\0", 1)[0]
