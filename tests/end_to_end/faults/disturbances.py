@@ -1,0 +1,73 @@
+"""What is done to a rank before it begins to train: functions for `Run(prepare=…)`, made with functools.partial.
+
+They are sent to another process, so they stand here, in a module that it can import, and not in the tests.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = "here\n"
+LONGEST_PAUSE = 60.0
+
+
+def on_rank(rank: int, prepare: Callable[[], None]) -> None:
+    """Do it on one rank only."""
+    if int(os.environ.get("RANK", 0)) == rank:
+        prepare()
+
+
+def together(*parts: Callable[[], None]) -> None:
+    """Do several things."""
+    for part in parts:
+        part()
+
+
+def pause(place: str, marker: Path, call: int = 1) -> None:
+    """Hold a rank up where it is about to call a function.
+
+    Each rank that arrives appends a line to `marker` and waits until `marker`.go is there.
+
+    Args:
+        place: "module:function" or "module:Class.method", as it is looked up by the one who calls it.
+        call: the how manieth call, from 1.
+    """
+
+    def held_up() -> None:
+        with open(marker, "a", encoding="utf-8") as file:
+            file.write(HERE)
+        go, end = marker.with_name(f"{marker.name}.go"), time.monotonic() + LONGEST_PAUSE
+        while not go.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+
+    before_call(place, held_up, call)
+
+
+def before_call(place: str, act: Callable[[], None], call: int = 1) -> None:
+    """Have a function do something else first, the `call`-th time it is called."""
+    owner, name = _find(place)
+    function = getattr(owner, name)
+    calls = 0
+
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            act()
+        return function(*args, **kwargs)
+
+    setattr(owner, name, replacement)
+
+
+def _find(place: str) -> tuple[Any, str]:
+    module, _, path = place.partition(":")
+    *owners, name = path.split(".")
+    found: Any = importlib.import_module(module)
+    for owner in owners:
+        found = getattr(found, owner)
+    return found, name
