@@ -104,7 +104,11 @@ class Run:
 
     def said(self, rank: int) -> str:
         """What a rank has printed."""
-        return (self.output / f"rank_{rank}.txt").read_text(errors="replace")
+        return self.file(rank).read_text(errors="replace")
+
+    def file(self, rank: int) -> Path:
+        """Where a rank prints to."""
+        return self.output / f"rank_{rank}.txt"
 
     def said_by_all(self) -> str:
         """The end of what each rank has printed."""

@@ -1,12 +1,11 @@
 """Signals at every moment of a run, then --resume latest: the run ends, to the bit, as the one that nobody disturbed.
 
-A rank is held up where it is about to enter a phase, signalled there, and let go. So each case takes one run through all phases,
-a process for each.
+A rank is held up where it is about to enter a phase, signalled there, and let go. So each case takes one run through its
+phases, one start after the other.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -19,7 +18,7 @@ import pytest
 
 from end_to_end.corpus import Corpus
 from end_to_end.faults import disturbances
-from end_to_end.faults.outcomes import Whole, flags, outcome, same, undisturbed
+from end_to_end.faults.outcomes import Whole, flags, same, undisturbed
 from end_to_end.faults.processes import Run
 from training.atomic_files import verify
 from training.preemption import EXIT_INTERRUPTED
@@ -56,15 +55,13 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "USR1 to all": Case(
-        "two ranks", signal.SIGUSR1, (), (MEETING, CHECKING, FIRST_STEP, MID_EPOCH, SAVING, AFTER_LAST_STEP, EVALUATING)
-    ),
-    "TERM to rank 1": Case("two ranks", signal.SIGTERM, (1,), (FIRST_STEP, MID_EPOCH, SAVING, EVALUATING)),
+    "USR1 to all": Case("two ranks", signal.SIGUSR1, (), (MEETING, FIRST_STEP, SAVING, EVALUATING, AFTER_LAST_STEP)),
+    "TERM to rank 1": Case("two ranks", signal.SIGTERM, (1,), (CHECKING, MID_EPOCH, EVALUATING, EVALUATING)),
     "TERM to rank 0 in the background": Case(
-        "accumulation", signal.SIGTERM, (0,), (MID_EPOCH, SAVING, EVALUATING), ("--save-in-background",)
+        "accumulation", signal.SIGTERM, (0,), (CHECKING, SAVING, EVALUATING), ("--save-in-background",)
     ),
     "INT to the only rank": Case(
-        "one rank", signal.SIGINT, (0,), (CHECKING, FIRST_STEP, MID_EPOCH, SAVING, EVALUATING, AFTER_LAST_STEP)
+        "one rank", signal.SIGINT, (0,), (CHECKING, FIRST_STEP, MID_EPOCH, SAVING, EVALUATING)
     ),
 }
 
@@ -99,28 +96,21 @@ def let_go(marker: Path) -> None:
     marker.with_name(f"{marker.name}.go").touch()
 
 
-def interrupt(case: Case, words: list[str], place: tuple[str, int], marker: Path) -> tuple[list[int | None], Run]:
-    """Start the run, signal it where it has come to a place, and let it go on to its end."""
-    function, call = place
-    held = disturbances.pause
+def interrupt(case: Case, words: list[str], place: tuple[str, int], marker: Path) -> None:
+    """Start the run, signal it where it has come to a place, and see it end as it should."""
     ranks = KINDS[case.kind][0]
-    # Only rank 0 writes files.
-    waiting = 1 if place == SAVING else ranks
-    prepare = partial(held, function, marker, call)
-    with Run(ranks, words, marker.parent, prepare) as run:
+    waiting = 1 if place == SAVING else ranks  # only rank 0 writes files
+    with Run(ranks, words, marker.parent, partial(disturbances.pause, place[0], marker, place[1])) as run:
         assert run.until(marker, disturbances.HERE, waiting), f"{place}: {run.said_by_all()}"
-        heard = len(run.said(case.to[0] if case.to else 0))
         run.signal(case.number, *case.to)
-        if place in BEFORE_TRAINING:
-            return run.wait(SOON), run
-        for rank in case.to or range(ranks):
-            end = time.monotonic() + SOON
-            while "ending after this step" not in run.said(rank) and time.monotonic() < end:
-                time.sleep(0.01)
-        let_go(marker)
+        if place not in BEFORE_TRAINING:
+            for rank in case.to or range(ranks):
+                assert run.until(run.file(rank), "ending after this step"), f"{place}: {run.said_by_all()}"
+            let_go(marker)
         statuses = run.wait(SOON)
-        assert heard >= 0
-        return statuses, run
+        said = f"{place}: {run.said_by_all()}"
+        assert statuses == [EXIT_INTERRUPTED] * ranks, said
+        assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -129,10 +119,87 @@ def test_signal_in_every_phase(name: str, corpus: Corpus, whole: Callable[[str],
     logs = tmp_path / "logs"
     words = kind_flags(corpus, case.kind, logs, *case.more)
     for number, place in enumerate(case.phases):
-        marker = tmp_path / str(number) / "place"
-        statuses, run = interrupt(case, words, place, marker)
-        said = f"{place}: {run.said_by_all()}"
-        print(place, statuses)
-        assert statuses == [EXIT_INTERRUPTED] * KINDS[case.kind][0], said
-        assert "Traceback" not in said
+        interrupt(case, words, place, tmp_path / str(number) / "place")
     same(finish(case.kind, words, logs), whole(case.kind))
+
+
+def test_batch_system_signals_workers_too(corpus: Corpus, whole: Callable[[str], Whole], tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    words = kind_flags(corpus, "accumulation", logs)
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        marker = tmp_path / number.name / "place"
+        with Run(2, words, marker.parent, partial(disturbances.pause, MID_EPOCH[0], marker, MID_EPOCH[1])) as run:
+            assert run.until(marker, disturbances.HERE, 2), run.said_by_all()
+            run.signal_groups(number)
+            for rank in range(2):
+                assert run.until(run.file(rank), "ending after this step"), run.said_by_all()
+            let_go(marker)
+            assert run.wait(SOON) == [EXIT_INTERRUPTED] * 2, run.said_by_all()
+            assert "Traceback" not in run.said_by_all()
+    same(finish("accumulation", words, logs), whole("accumulation"))
+
+
+def test_second_signal_ends_at_once_and_damages_nothing(
+    corpus: Corpus, whole: Callable[[str], Whole], tmp_path: Path
+) -> None:
+    logs = tmp_path / "logs"
+    words = kind_flags(corpus, "two ranks", logs)
+    marker = tmp_path / "second" / "place"
+    # Between the writing of iter_8.pt and its taking its name: iter_4.pt and epoch_latest.pt are there.
+    with Run(2, words, marker.parent, partial(disturbances.pause, SAVING[0], marker, 3)) as run:
+        assert run.until(marker, disturbances.HERE), run.said_by_all()
+        run.signal(signal.SIGINT)
+        for rank in range(2):
+            assert run.until(run.file(rank), "ending after this step"), run.said_by_all()
+        began = time.monotonic()
+        run.signal(signal.SIGTERM)
+        assert run.wait(SOON) == [128 + signal.SIGTERM] * 2, run.said_by_all()
+        assert time.monotonic() - began < 5
+    folder = logs / "run" / "checkpoints"
+    assert {path.name for path in folder.glob("*.pt")} == {"iter_4.pt", "epoch_latest.pt"}
+    assert [verify(path) for path in folder.glob("*.pt")] == [None, None]
+    same(finish("two ranks", words, logs), whole("two ranks"))
+
+
+def test_hours_run_out_and_the_job_is_requeued(corpus: Corpus, whole: Callable[[str], Whole], tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    words = kind_flags(corpus, "two ranks", logs, "--name", "run", "--requeue-on-signal")
+    calls = tmp_path / "calls"
+    jobs = {"SLURM_JOB_ID": "17", "PATH": f"{fake_scontrol(tmp_path, calls, logs)}{os.pathsep}{os.environ['PATH']}"}
+    hours = partial(disturbances.hours_over_at_step, 9)
+    for start in (1, 2):
+        with Run(2, [*words, "--max-hours", "1"], tmp_path / f"start {start}", hours, **jobs) as run:
+            assert run.wait(SOON) == [EXIT_INTERRUPTED] * 2, run.said_by_all()
+            assert "--max-hours are over" in run.said(0)
+        assert calls.read_text() == "requeue 17, epoch_latest.pt is there\n" * start
+    same(finish("two ranks", words, logs), whole("two ranks"))
+
+
+@pytest.mark.parametrize(("number", "times"), [(signal.SIGUSR1, 1), (signal.SIGTERM, 0)])
+def test_only_a_warning_requeues(number: signal.Signals, times: int, corpus: Corpus, tmp_path: Path) -> None:
+    logs, calls, marker = tmp_path / "logs", tmp_path / "calls", tmp_path / "place"
+    words = kind_flags(corpus, "two ranks", logs, "--requeue-on-signal")
+    jobs = {"SLURM_JOB_ID": "17", "PATH": f"{fake_scontrol(tmp_path, calls, logs)}{os.pathsep}{os.environ['PATH']}"}
+    with Run(2, words, tmp_path, partial(disturbances.pause, FIRST_STEP[0], marker), **jobs) as run:
+        assert run.until(marker, disturbances.HERE, 2), run.said_by_all()
+        run.signal(number)
+        for rank in range(2):
+            assert run.until(run.file(rank), "ending after this step"), run.said_by_all()
+        let_go(marker)
+        assert run.wait(SOON) == [EXIT_INTERRUPTED] * 2, run.said_by_all()
+    said = calls.read_text() if calls.exists() else ""
+    assert said == "requeue 17, epoch_latest.pt is there\n" * times
+
+
+def fake_scontrol(folder: Path, calls: Path, logs: Path) -> Path:
+    """A folder with a scontrol that notes what it is asked, and whether the run has been saved."""
+    place = folder / "bin"
+    place.mkdir()
+    program = place / "scontrol"
+    program.write_text(
+        "#!/bin/sh\n"
+        f"test -e '{logs}/run/checkpoints/epoch_latest.pt.json' && saved='epoch_latest.pt is there'\n"
+        f"echo \"$*, $saved\" >> '{calls}'\n"
+    )
+    program.chmod(0o755)
+    return place
