@@ -187,8 +187,8 @@ def _until(condition: Callable[[], bool], seconds: float) -> None:
 
 def _exit(status: int) -> NoReturn:
     """End without the interpreter's own way out, on which libraries would wait for ranks that are gone."""
-    for handler in logging.getLogger().handlers:
-        handler.flush()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flushes = [handler.flush for handler in logging.getLogger().handlers]
+    for flush in (*flushes, sys.stdout.flush, sys.stderr.flush):
+        with contextlib.suppress(OSError):  # a full disk must not keep the process from ending
+            flush()
     os._exit(status)

@@ -5,10 +5,12 @@ They are sent to another process, so they stand here, in a module that it can im
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +88,43 @@ def _find(place: str) -> tuple[Any, str]:
     for owner in owners:
         found = getattr(found, owner)
     return found, name
+
+
+def full_disk(folder: Path, first: int, last: int) -> None:
+    """Fill rank 0's disk before one step of this process, and make room again before another.
+
+    Args:
+        folder: on a file system that is small.
+    """
+    ballast = folder / "ballast"
+
+    def fill() -> None:
+        with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1 << 16))
+
+    on_rank(0, partial(before_call, "training.loop:training_step", fill, first))
+    on_rank(0, partial(before_call, "training.loop:training_step", ballast.unlink, last))
+
+
+def failing_writes(first: int, *numbers: int) -> None:
+    """Have some checkpoints fail when half of them is written.
+
+    Args:
+        first: the how manieth write of this process is the first that fails.
+        numbers: of the errors with which this one and the following ones fail.
+    """
+    from training import atomic_files
+
+    whole, calls = atomic_files._save, [0]
+
+    def fail(path: Path, content: Any) -> dict[str, Any]:
+        calls[0] += 1
+        if not first <= calls[0] < first + len(numbers):
+            return whole(path, content)
+        record = whole(path, content)
+        os.truncate(path, record["bytes"] // 2)
+        number = numbers[calls[0] - first]
+        raise OSError(number, os.strerror(number))
+
+    atomic_files._save = fail
