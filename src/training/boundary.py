@@ -100,14 +100,18 @@ class Boundary:
     def after_epoch(self) -> Ending | None:
         """The same after an epoch, whose checkpoint has been written; waits for all ranks."""
         self._saved()
-        return self._settle()
+        return self._settle(self._training.loader.steps_per_epoch)
 
-    def after_evaluation(self) -> Ending | None:
-        """The same once more: an evaluation takes a while. A signal breaks it off, and it is made up for on resuming."""
-        return self._settle()
+    def after_evaluation(self, steps_done: int) -> Ending | None:
+        """The same once more: an evaluation takes a while. A signal breaks it off, and it is made up for on resuming.
 
-    def _settle(self) -> Ending | None:
-        sums = self._agreement.settle(self._numbers(self._training.loader.steps_per_epoch))
+        Args:
+            steps_done: of the epoch that the loader is in: 0 where this evaluation makes up for one that was broken off.
+        """
+        return self._settle(steps_done)
+
+    def _settle(self, steps_done: int) -> Ending | None:
+        sums = self._agreement.settle(self._numbers(steps_done))
         if sums["findings"]:
             self._tell_findings()
         if self._training.state.epoch >= self._args.stop_epochs:
