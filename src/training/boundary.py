@@ -87,7 +87,7 @@ class Boundary:
             self._tell_findings()
         if steps_done == self._training.loader.steps_per_epoch:
             return None
-        ending = self._ending(sums)
+        ending = self._ending(sums, steps_done)
         if ending is None and self._save_is_due and not sums["busy"]:
             with interval.paused():
                 self._saver.within_epoch(steps_done, numbered=True)
@@ -100,19 +100,23 @@ class Boundary:
     def after_epoch(self) -> Ending | None:
         """The same after an epoch, whose checkpoint has been written; waits for all ranks."""
         self._saved()
-        return self._settle()
+        return self._settle(self._training.loader.steps_per_epoch)
 
-    def after_evaluation(self) -> Ending | None:
-        """The same once more: an evaluation takes a while. A signal breaks it off, and it is made up for on resuming."""
-        return self._settle()
+    def after_evaluation(self, steps_done: int) -> Ending | None:
+        """The same once more: an evaluation takes a while. A signal breaks it off, and it is made up for on resuming.
 
-    def _settle(self) -> Ending | None:
-        sums = self._agreement.settle(self._numbers(self._training.loader.steps_per_epoch))
+        Args:
+            steps_done: of the epoch that the loader is in: 0 where this evaluation makes up for one that was broken off.
+        """
+        return self._settle(steps_done)
+
+    def _settle(self, steps_done: int) -> Ending | None:
+        sums = self._agreement.settle(self._numbers(steps_done))
         if sums["findings"]:
             self._tell_findings()
         if self._training.state.epoch >= self._args.stop_epochs:
             sums["hours"] = 0  # There is nothing left to go on with.
-        return self._ending(sums, whole_epoch=True)
+        return self._ending(sums, self._training.loader.steps_per_epoch)
 
     @property
     def save_is_due(self) -> bool:
@@ -125,8 +129,7 @@ class Boundary:
 
     def _numbers(self, steps_done: int) -> dict[str, int]:
         self._untold += self._training.guard.findings(wait=steps_done == self._training.loader.steps_per_epoch)
-        counts = self._training.loader.counts(steps_done)
-        bad = sum(counts.problems.values())
+        good, bad = self._training.loader.totals(steps_done)
         received = self._signals.received
         now, main = self._clock(), self._world.is_main
         hours, minutes = self._args.max_hours, self._args.save_every_minutes
@@ -139,12 +142,12 @@ class Boundary:
             "busy": self._saver.busy,
             "save_failed": self._args.strict_save and self._saver.failed,
             "bad": bad,
-            "looked_at": bad + counts.good,
+            "looked_at": good + bad,
             "findings": len(self._untold),
             "hopeless": self._training.guard.in_a_row >= HOPELESS_STEPS,
         }
 
-    def _ending(self, sums: dict[str, int], whole_epoch: bool = False) -> Ending | None:
+    def _ending(self, sums: dict[str, int], steps_done: int) -> Ending | None:
         if sums["save_failed"]:
             return Ending("a checkpoint could not be written and --strict-save is given", FAILED, saves=False)
         if sums["findings"] and self._args.on_nonfinite == "stop":
@@ -160,8 +163,8 @@ class Boundary:
                 FAILED,
                 saves=False,
             )
-        if self._is_too_bad(sums, whole_epoch):
-            summary = self._saver.report().summary()
+        if self._is_too_bad(sums, steps_done):
+            summary = self._saver.report(steps_done).summary()
             limit = f"--max-bad-fraction {self._args.max_bad_fraction:g}"
             return Ending(f"more of the data is broken than {limit} allows\n{summary}", FAILED, saves=True)
         if sums["warned"] or sums["asked"] or sums["hours"]:
@@ -170,8 +173,9 @@ class Boundary:
             return Ending(what, EXIT_INTERRUPTED, saves=True, requeues=not sums["asked"])
         return None
 
-    def _is_too_bad(self, sums: dict[str, int], whole_epoch: bool) -> bool:
+    def _is_too_bad(self, sums: dict[str, int], steps_done: int) -> bool:
         limit = self._args.max_bad_fraction
+        whole_epoch = steps_done == self._training.loader.steps_per_epoch
         if limit is None or not (whole_epoch or sums["looked_at"] >= FEWEST_JUDGED):
             return False
         return sums["bad"] > limit * sums["looked_at"]

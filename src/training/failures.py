@@ -56,15 +56,16 @@ class FailureWatch:
         self._thread = threading.Thread(target=self._watch, name="failures of other ranks", daemon=True)
         self._thread.start()
 
-    def end_all(self, message: str, status: int) -> NoReturn:
+    def end_all(self, message: str, status: int, what: str = "failed") -> NoReturn:
         """End this process, and through its note all others.
 
         Args:
             message: what rank 0 logs and this rank prints: a traceback, or one line after a user's mistake.
             status: exit status of all ranks.
+            what: what this rank did, for the other ranks' lines.
         """
         self._closing.set()
-        first = self._leave({"rank": self._world.rank, "message": message, "status": status})
+        first = self._leave({"rank": self._world.rank, "message": message, "status": status, "what": what})
         self._show(first)
         self._end(first)
 
@@ -123,12 +124,13 @@ class FailureWatch:
             return
         own = note["rank"] == self._world.rank
         if self._world.is_main and not own:
-            logging.error("rank %d failed:\n%s", note["rank"], note["message"])
+            logging.error("rank %d %s:\n%s", note["rank"], note["what"], note["message"])
         elif own:
             where = "" if self._world.is_main else f"[rank {self._world.rank}] "
             print(f"{where}{note['message']}", file=sys.stderr, flush=True)
         else:
-            print(f"[rank {self._world.rank}] ended, since rank {note['rank']} failed", file=sys.stderr, flush=True)
+            why = f"since rank {note['rank']} {note['what']}"
+            print(f"[rank {self._world.rank}] ended, {why}", file=sys.stderr, flush=True)
 
     def _tell(self, name: str) -> None:
         with contextlib.suppress(RuntimeError):
@@ -188,8 +190,8 @@ def end_process(status: int) -> NoReturn:
     """End without the interpreter's own way out: it takes seconds, and libraries may wait there for ranks that are gone."""
     for worker in multiprocessing.active_children():
         worker.terminate()
-    for handler in logging.getLogger().handlers:
-        handler.flush()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flushes = [handler.flush for handler in logging.getLogger().handlers]
+    for flush in (*flushes, sys.stdout.flush, sys.stderr.flush):
+        with contextlib.suppress(OSError):  # a full disk must not keep the process from ending
+            flush()
     os._exit(status)

@@ -9,6 +9,7 @@ import time
 import traceback
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 if not __package__:
@@ -89,6 +90,7 @@ def _run(args: Namespace, signals: Signals, started: float) -> int:
         world = distributed.connect(args.device, args.dist_backend, args.dist_url, args.dist_timeout, args.eval_timeout)
         start_logging(world, args.debug)
         failures = FailureWatch(world, args.dist_url)
+        signals.end = partial(failures.end_all, status=EXIT_INTERRUPTED, what="was asked to end")
         status = 0
         if args.bench_data is None:
             status = train(args, world, signals, started)
@@ -163,6 +165,9 @@ def _epochs(
     if first_step == 0 and world.from_main(state.epoch > 0 and not folder.has_results(state.epoch)):
         # The last run ended between saving this epoch and evaluating it.
         _evaluate(training, evaluator)
+        ending = boundary.after_evaluation(steps_done=0)
+        if ending is not None:
+            return ending
     if state.epoch >= args.stop_epochs:
         logging.info("nothing to do: epoch %d of %d is done", state.epoch, args.stop_epochs)
     for epoch in range(state.epoch, args.stop_epochs):
@@ -172,12 +177,12 @@ def _epochs(
         first_step = 0
         state.epoch = epoch + 1
         # Saved before it is evaluated: an evaluation that fails must not cost the epoch.
+        saver.finish_report()
         saver.after_epoch(boundary.save_is_due)
         ending = boundary.after_epoch()
-        saver.finish_report()
         if ending is None:
             _evaluate(training, evaluator)
-            ending = boundary.after_evaluation()
+            ending = boundary.after_evaluation(training.loader.steps_per_epoch)
         if ending is not None:
             return ending
     return None

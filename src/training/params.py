@@ -105,7 +105,7 @@ def data_config(args: Namespace, needs_keys: bool) -> DataConfig:
         needs_keys=needs_keys,
         data_size=args.data_size,
         decode=args.decode,
-        timeout=args.data_timeout,
+        data_timeout=args.data_timeout,
     )
 
 

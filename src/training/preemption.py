@@ -26,6 +26,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
+from typing import NoReturn
 
 # Interrupted, with a checkpoint: start again with --resume latest to go on. EX_TEMPFAIL of sysexits.h: "try again later".
 EXIT_INTERRUPTED = 75
@@ -40,10 +41,11 @@ class Signals:
     """Remembers that the run was asked to end; a context manager.
 
     Args:
-        before_training: called with the first signal while `armed` is False, when there is nothing to save yet; the process
-            then ends with EXIT_INTERRUPTED.
+        before_training: called with the first signal while `armed` is False, when there is nothing to save yet.
 
     Attributes:
+        end: called after that with a line that says so, from the thread that watches for signals; must end the process with
+            EXIT_INTERRUPTED. Whoever knows of other ranks sets it, so that these end too.
         received: the first signal, or None.
         armed: whether somebody asks for `received` at step boundaries.
     """
@@ -51,6 +53,7 @@ class Signals:
     def __init__(self, before_training: Callable[[signal.Signals], None] = lambda _: None) -> None:
         self.received: signal.Signals | None = None
         self.armed = False
+        self.end: Callable[[str], object] = _end_alone
         self._before_training = before_training
         self._last = 0.0
         self._latest: signal.Signals | None = None
@@ -99,8 +102,7 @@ class Signals:
                 logging.warning("%s: ending after this step; once more ends at once", asked.name)
             else:
                 self._before_training(asked)
-                _say(f"{asked.name} before the first step: nothing to save")
-                os._exit(EXIT_INTERRUPTED)
+                self.end(f"{asked.name} before the first step: nothing to save")
         elif repeated or (before == signal.SIGUSR1 and asked == signal.SIGTERM):
             return
         else:
@@ -149,6 +151,11 @@ def _scontrol(*words: str) -> str | None:
 
 def _do_nothing(_number: int, _frame: object) -> None:
     """The thread acts. A handler there must be, or the interpreter's C handler would not be called."""
+
+
+def _end_alone(text: str) -> NoReturn:
+    _say(text)
+    os._exit(EXIT_INTERRUPTED)
 
 
 def _say(text: str) -> None:

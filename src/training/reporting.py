@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
+import os
 import sys
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +42,23 @@ def start_logging(world: World, debug: bool) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
+class _LogFile(logging.FileHandler):
+    """A file that can be full: said once on stderr, since logging would print a traceback for every line."""
+
+    is_told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.is_told:
+            self.is_told = True
+            print(f"{self.baseFilename} cannot be written ({error.strerror}); the log goes on here", file=sys.stderr)
+
+
 def log_to_file(path: Path) -> None:
-    """Append the log to a file as well."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    """Append the log to a file as well. One that cannot be written to does not end the run."""
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s"))
     logging.getLogger().addHandler(handler)
 
@@ -60,7 +77,7 @@ def reduce_metrics(metrics: dict[str, Tensor], world: World) -> dict[str, float]
 
 
 class Reporter:
-    """Rank 0's outlets; on other ranks it does nothing.
+    """Rank 0's outlets; on other ranks it does nothing. One that cannot be written to costs its numbers, not the run.
 
     Args:
         args: the resolved command line (--report-to, --wandb-*).
@@ -74,6 +91,8 @@ class Reporter:
     def __init__(self, args: Namespace, folder: RunFolder, world: World) -> None:
         self.folder = folder
         self.active = world.is_main
+        # Lines that could not be written, by file, since the last one that could.
+        self._lost: Counter[Path] = Counter()
         self.tensorboard: Any = None
         self.wandb: Any = None
         outlets = [o for o in args.report_to.split(",") if o] if self.active else []
@@ -97,23 +116,53 @@ class Reporter:
     def close(self) -> None:
         """Flush everything."""
         if self.tensorboard is not None:
-            self.tensorboard.close()
+            try:
+                self.tensorboard.close()
+            except OSError as error:
+                logging.error("tensorboard's last numbers cannot be written: %s", error.strerror)
         if self.wandb is not None:
             self.wandb.finish()
 
     def _line(self, path: Path, values: dict[str, float]) -> None:
         # JSON has no NaN and no infinity: null says that there is no number.
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(clean) + "\n")
+        try:
+            _append(path, (json.dumps(clean) + "\n").encode())
+        except OSError as error:
+            self._lost[path] += 1
+            if self._lost[path] == 1:
+                logging.error("%s cannot be written: %s; training goes on", path, error.strerror)
+            return
+        lost = self._lost.pop(path, 0)
+        if lost:
+            logging.warning("%s is written again; %d lines are missing", path, lost)
 
     def _publish(self, prefix: str, step: int, values: dict[str, float]) -> None:
         named = {prefix + name: value for name, value in values.items()}
         if self.tensorboard is not None:
-            for name, value in named.items():
-                self.tensorboard.add_scalar(name, value, step)
+            try:
+                for name, value in named.items():
+                    self.tensorboard.add_scalar(name, value, step)
+            except OSError as error:
+                # Its thread has ended, for good.
+                logging.error("tensorboard cannot write: %s; from here on it gets nothing", error.strerror)
+                self.tensorboard = None
         if self.wandb is not None:
             self.wandb.log({**named, "step": step})
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Append a line to a file as a whole, or nothing of it.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        # A disk may have room for the first part, and the next line would follow on that.
+        if file.write(line) < len(line):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def progress_bar(world: World, total: int, description: str, done: int = 0) -> tqdm:

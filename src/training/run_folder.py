@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from argparse import Namespace
 from datetime import datetime
 from pathlib import Path
@@ -77,13 +78,20 @@ class RunFolder:
             raise UserError(f"--logs {self.path.parent}: cannot make {self.checkpoints} ({error.strerror})") from None
 
     def write_params(self, args: Namespace) -> None:
-        """Write every resolved flag to params.txt, one `name: value` a line; earlier ones are kept as params_1.txt, …"""
+        """Write every resolved flag to params.txt, one `name: value` a line; earlier ones are kept as params_1.txt, …
+
+        A run that goes on with the same flags leaves the file as it is.
+        """
         file = self.path / "params.txt"
+        text = "".join(f"{name}: {value}\n" for name, value in sorted(vars(args).items()))
         if file.exists():
+            if file.read_text(encoding="utf-8") == text:
+                return
             number = 1 + len(list(self.path.glob("params_*.txt")))
-            file.rename(self.path / f"params_{number}.txt")
-        lines = [f"{name}: {value}\n" for name, value in sorted(vars(args).items())]
-        file.write_text("".join(lines), encoding="utf-8")
+            # Copied, not renamed: at no moment is there a run without params.txt.
+            shutil.copyfile(file, self.path / f"params_{number}.txt")
+        with replacing(file) as stream:
+            stream.write(text.encode("utf-8"))
 
 
 def cut_back(path: Path, step: int) -> int:

@@ -41,7 +41,9 @@ class Saver:
         self._sync = sync
         self.failed = False
         # What an interrupted process counted in the present epoch, on rank 0.
-        self._before: DataReport = DataReport()
+        self._before = DataReport()
+        # The report of the epoch that has just ended.
+        self._finished: DataReport | None = None
 
     @property
     def busy(self) -> bool:
@@ -86,18 +88,23 @@ class Saver:
         if self._sync is not None:
             self._sync.finish()
 
-    def report(self) -> DataReport:
-        """What became of the present epoch's samples, over all ranks and interrupted processes."""
-        return self._report(self._training.loader.steps_per_epoch)
+    def report(self, steps_done: int) -> DataReport:
+        """What became of the present epoch's samples in its first steps, over all ranks and interrupted processes."""
+        if steps_done == self._training.loader.steps_per_epoch and self._finished is not None:
+            return self._finished
+        return self._report(steps_done)
 
     def resume_report(self, state: dict) -> None:
         """Go on counting from a checkpoint's "data_report"."""
         self._before = DataReport.from_state(state)
 
     def finish_report(self) -> None:
-        """Write the epoch's entry of data_report.json and begin to count anew; `state.epoch` is counted up already."""
-        report = self.report()
-        self._before = DataReport()
+        """Write the epoch's entry of data_report.json and begin to count anew; `state.epoch` is counted up already.
+
+        To be called before the epoch's checkpoint is written: whoever goes on from that does not come back to this epoch.
+        """
+        report = self._report(self._training.loader.steps_per_epoch)
+        self._finished, self._before = report, DataReport()
         if self._world.is_main:
             try:
                 report.write(self._folder.path / REPORT_FILE, self._training.state.epoch)

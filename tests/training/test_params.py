@@ -384,6 +384,7 @@ def test_data_config_takes_over_every_field() -> None:
         "shuffle_buffer": 13,
         "data_size": 90,
         "decode": "exact",
+        "data_timeout": 7.5,
     }
     words = [
         part

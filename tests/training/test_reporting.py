@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
+import resource
+import signal
 import sys
 import threading
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -54,6 +58,68 @@ def test_a_line_is_there_as_soon_as_it_is_reported(folder: RunFolder) -> None:
     reporter = Reporter(_args(), folder, MAIN)
     reporter.training(1, {"loss": 0.5})
     assert len(read_lines(folder.metrics)) == 1
+
+
+def test_full_disk_costs_lines_and_says_so_once(folder: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+    reporter = Reporter(_args(), folder, MAIN)
+    reporter.training(1, {"loss": 0.5})
+    # The disk has room for 90 bytes of the file: of the third line a part.
+    with small_files(90):
+        for step in range(2, 6):
+            reporter.training(step, {"loss": 0.5, "temperature": 0.07})
+    assert [line["step"] for line in read_lines(folder.metrics)] == [1, 2]
+    reporter.training(6, {"loss": 0.25})
+    reporter.close()
+    assert [line["step"] for line in read_lines(folder.metrics)] == [1, 2, 6]
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert "metrics.jsonl cannot be written: " in said[0]
+    assert "3 lines are missing" in said[1]
+
+
+@contextmanager
+def small_files(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes; a write that would is cut short, the next one fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_full_disk_under_tensorboard(folder: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+    reporter = Reporter(_args("tensorboard"), folder, MAIN)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    reporter.tensorboard.add_scalar = fail
+    reporter.training(1, {"loss": 0.5})
+    reporter.training(2, {"loss": 0.5})
+    reporter.close()
+    assert [record.getMessage() for record in caplog.records] == [
+        "tensorboard cannot write: No space left on device; from here on it gets nothing"
+    ]
+    assert len(read_lines(folder.metrics)) == 2
+
+
+def test_full_disk_under_the_log_file(
+    folder: RunFolder, root_logger: logging.Logger, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start_logging(MAIN, debug=False)
+    log_to_file(Path("/dev/full"))
+    for number in range(5):
+        logging.info("line %d", number)
+    said = capsys.readouterr()
+    handler = root_logger.handlers[-1]
+    root_logger.removeHandler(handler)
+    with suppress(OSError):  # as logging itself does at the end of the process
+        handler.close()
+    assert said.out.count("line ") == 5
+    assert said.err == "/dev/full cannot be written (No space left on device); the log goes on here\n"
 
 
 def test_other_ranks_write_nothing(folder: RunFolder) -> None:

@@ -33,6 +33,9 @@ def test_params_are_readable_lines_and_earlier_ones_are_kept(tmp_path: Path) -> 
     assert (folder.path / "params.txt").read_text() == "batch_size: 4\nlr: 0.3\nname: run\nval_data: None\n"
     assert "lr: 0.1" in (folder.path / "params_1.txt").read_text()
     assert "lr: 0.2" in (folder.path / "params_2.txt").read_text()
+    # A run that goes on as it was, perhaps many times, does not fill its folder.
+    folder.write_params(Namespace(lr=0.3, batch_size=4, name="run", val_data=None))
+    assert sorted(path.name for path in folder.path.glob("params*")) == ["params.txt", "params_1.txt", "params_2.txt"]
 
 
 def test_another_runs_folder_is_refused(tmp_path: Path) -> None:

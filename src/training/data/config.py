@@ -44,7 +44,7 @@ class DataConfig:
     shuffle_buffer: samples each worker holds, undecoded, to shuffle among.
     needs_keys: the objective keeps state per sample, so a sample without an integer key is unusable.
     data_size: number of integer keys that such an objective has places for, None for any.
-    timeout: seconds to wait for a batch, 0 for ever.
+    data_timeout: seconds to wait for a batch, 0 for ever.
     decode: "fast" or "exact", how pictures are decoded and resized (see `training.data.pictures`).
     """
 
@@ -64,7 +64,7 @@ class DataConfig:
     needs_keys: bool = False
     data_size: int | None = None
     decode: str = "fast"
-    timeout: float = 0.0
+    data_timeout: float = 0.0
 
     @property
     def samples_per_step(self) -> int:

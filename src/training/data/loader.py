@@ -160,6 +160,14 @@ class TrainLoader:
         """
         return self._history.counts(step)
 
+    def totals(self, step: int) -> tuple[int, int]:
+        """How many of the samples that `counts` counts were good, and how many left out.
+
+        Raises:
+            ValueError: step was not handed out yet, or too long ago.
+        """
+        return self._history.totals(step)
+
     def _course_of(self, epoch: int) -> Course:
         if self._resumed is not None and self._resumed.epoch == epoch:
             return self._resumed
@@ -231,7 +239,7 @@ def build_train_loader(
     dataset = BatchDataset(data.source, data.layout, rank, pictures, tokenize, buffer, config.needs_keys)
     if clock is not None:
         clock.watch(dataset)
-    patience = Patience(config.timeout, lambda: first_shards_hold(config)) if config.timeout else None
+    patience = Patience(config.data_timeout, lambda: first_shards_hold(config)) if config.data_timeout else None
     return TrainLoader(dataset, config.workers, pin_memory, data.description, data.samples, data.identity, patience)
 
 

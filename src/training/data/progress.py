@@ -51,6 +51,7 @@ class History:
         self._last = step
         # All that was counted up to the oldest step that is kept.
         self._good = 0
+        self._left_out = 0
         self._problems: Counter[tuple[str, str]] = Counter()
         self._last_problem = ""
 
@@ -85,7 +86,18 @@ class History:
             last = counts.last or last
         return Counts(good, dict(problems), last)
 
+    def totals(self, step: int) -> tuple[int, int]:
+        """How many of the samples that `counts` counts were good, and how many left out; cheap enough for every step.
+
+        Raises:
+            ValueError: that many were not taken, or it is too long ago.
+        """
+        recent = list(self._counts)[: self._index(step)]
+        good = self._good + sum(counts.good for counts in recent)
+        return good, self._left_out + sum(sum(counts.problems.values()) for counts in recent)
+
     def _settle(self, counts: Counts) -> None:
+        self._left_out += sum(counts.problems.values())
         self._good += counts.good
         self._problems.update(counts.problems)
         self._last_problem = counts.last or self._last_problem

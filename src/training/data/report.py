@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from training.atomic_files import replacing
 from training.data.samples import Counts
 
 REPORT_FILE = "data_report.json"
@@ -105,7 +106,9 @@ class DataReport:
         """
         epochs = [entry for entry in _read_epochs(path) if entry["epoch"] != epoch]
         epochs.append(self._entry(epoch))
-        _replace(path, json.dumps({"epochs": sorted(epochs, key=lambda entry: entry["epoch"])}, indent=1) + "\n")
+        content = json.dumps({"epochs": sorted(epochs, key=lambda entry: entry["epoch"])}, indent=1) + "\n"
+        with replacing(path) as file:
+            file.write(content.encode("utf-8"))
 
     def _entry(self, epoch: int) -> dict[str, Any]:
         other_shards, other_samples = self._others()
@@ -154,16 +157,3 @@ def _read_epochs(path: Path) -> list[dict[str, Any]]:
         aside = path.with_name(f"{path.name}.damaged.{number}")
     os.replace(path, aside)
     return []
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file under another name and renames it once it is on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -12,8 +12,9 @@ IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 _LARGEST_KEY = 2**63 - 1
 # No key that counts has more digits, and int() refuses thousands of them.
 _MOST_DIGITS = 100
-# A tokeniser takes time by the square of a word's length; no caption is half as long.
+# A tokeniser takes time by the square of a word's length: a minute for one of 64 KiB. No caption is half as long.
 LONGEST_CAPTION = 2**16  # bytes
+LONGEST_WORD = 2**12
 
 
 class Problem:
@@ -24,7 +25,7 @@ class Problem:
     - BAD_IMAGE: what it holds is no picture, or not a whole one, or of a format that is not decoded.
     - HUGE_IMAGE: more pixels than Pillow takes for safe (PIL.Image.MAX_IMAGE_PIXELS), by its header.
     - NO_CAPTION, EMPTY_CAPTION: neither .txt nor a "caption" in .json; one of blanks alone.
-    - BAD_CAPTION, LONG_CAPTION: not utf-8; more than 64 KiB.
+    - BAD_CAPTION, LONG_CAPTION: not utf-8; more than 64 KiB, or 4 KiB without a blank.
     - NO_KEY: no integer key, where the objective needs one.
     - HUGE_MEMBER: a picture of more than 256 MiB or a text of more than 16 MiB, which is not read.
     - TWICE: two members of the sample with the same suffix.
@@ -144,7 +145,7 @@ def read_labels(raw: RawSample, needs_keys: bool) -> tuple[str, int | None]:
 def _text(caption: bytes | str | None) -> str:
     if caption is None:
         raise BrokenSampleError(Problem.NO_CAPTION)
-    if len(caption) > LONGEST_CAPTION:
+    if len(caption) > LONGEST_WORD and (len(caption) > LONGEST_CAPTION or _longest_word(caption) > LONGEST_WORD):
         raise BrokenSampleError(Problem.LONG_CAPTION)
     try:
         text = caption if isinstance(caption, str) else caption.decode("utf-8")
@@ -153,6 +154,10 @@ def _text(caption: bytes | str | None) -> str:
     if not text or text.isspace():
         raise BrokenSampleError(Problem.EMPTY_CAPTION)
     return text
+
+
+def _longest_word(text: bytes | str) -> int:
+    return max(map(len, text.split()), default=0)
 
 
 class Counts(NamedTuple):

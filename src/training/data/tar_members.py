@@ -132,7 +132,12 @@ class ForwardBytes:
         """From what was unread first."""
         content, self._ahead = self._ahead[:size], self._ahead[size:]
         if len(content) < size:
-            content += self._stream.read(size - len(content))
+            try:
+                content += self._stream.read(size - len(content))
+            except DamagedCompressionError:
+                # What was unread lies before the damage.
+                if not content:
+                    raise
         self._position += len(content)
         return content
 
@@ -158,31 +163,34 @@ class ForwardBytes:
 
 
 class _Decompressed:
-    """A stream whose damage is told apart from that of the stream below it."""
+    """A stream whose damage is told apart from that of the stream below it, and told after all that comes before it."""
 
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: io.BufferedReader) -> None:
+        """stream: of gzip, bz2 or lzma, which have this method too."""
+        self._read_some = stream.read1
         self._damage: DamagedCompressionError | None = None
 
     def read(self, size: int) -> bytes:
-        if self._damage is not None:
+        """Up to `size` bytes, fewer at the end or at damage; raises DamagedCompressionError where that is met."""
+        parts: list[bytes] = []
+        while size > 0 and self._damage is None:
+            try:
+                part = self._read_some(size)
+            except (zlib.error, lzma.LZMAError, EOFError) as error:
+                self._damage = DamagedCompressionError(str(error))
+            except OSError as error:
+                # bz2 and gzip raise a bare OSError for damage; one of the system has a number, one of a stream a type.
+                if error.errno is not None or type(error) not in (OSError, gzip.BadGzipFile):
+                    raise
+                self._damage = DamagedCompressionError(str(error))
+            else:
+                if not part:
+                    break
+                parts.append(part)
+                size -= len(part)
+        if self._damage is not None and not parts:
             raise self._damage
-        try:
-            return self._read(size)
-        except DamagedCompressionError as error:
-            self._damage = error
-            raise
-
-    def _read(self, size: int) -> bytes:
-        try:
-            return self._stream.read(size)
-        except (zlib.error, lzma.LZMAError, EOFError) as error:
-            raise DamagedCompressionError(str(error)) from error
-        except OSError as error:
-            # bz2 and gzip raise a bare OSError for damage; one of the system has a number, one of a stream a type.
-            if error.errno is not None or type(error) not in (OSError, gzip.BadGzipFile):
-                raise
-            raise DamagedCompressionError(str(error)) from error
+        return b"".join(parts)
 
 
 def tar_bytes(file: io.BufferedReader, local: bool) -> TarBytes:
@@ -239,9 +247,10 @@ def _walk(source: TarBytes) -> Iterator[Member | Damage]:
             continue
         data, size = begin + BLOCK, header.size
         if header.kind in _REGULAR:
-            size = int(announced.get("size", size))
-            name = str(announced.get("path", header.name))
-            announced = {}
+            name = header.name
+            if announced:
+                size, name = int(announced.get("size", size)), str(announced.get("path", name))
+                announced = {}
             # Of old, a file with such a name was a folder.
             if not name.endswith("/"):
                 yield Member(name, size, source.holds(data + size))
@@ -337,12 +346,13 @@ def parse_header(block: bytes) -> Header | None:
     if len(block) < BLOCK:
         return None
     try:
-        checksum = int(block[148:156].strip(b" \0"), 8)
+        field = block[148:156]
+        checksum = int(field.strip(b" \0"), 8)
         size = _size(block[124:136])
     except ValueError:
         return None
     # The sum is taken with eight blanks in place of the checksum itself; old programs took bytes for signed.
-    total = sum(block) - sum(block[148:156]) + 8 * 32
+    total = sum(block) - sum(field) + 8 * 32
     if (total != checksum and total - 256 * _negative_bytes(block) != checksum) or size < 0:
         return None
     name = block[:100].split(b"\0", 1)[0]

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -36,10 +37,18 @@ class Run:
     Args:
         flags: of main.py.
         output: where every rank's standard output and error go, appended, as rank_0.txt, ….
+        prepare: called in each rank before it begins; a function, or a partial of one, that can be imported.
         variables: further environment variables.
     """
 
-    def __init__(self, ranks: int, flags: list[str], output: Path, **variables: str) -> None:
+    def __init__(
+        self,
+        ranks: int,
+        flags: list[str],
+        output: Path,
+        prepare: Callable[[], None] | None = None,
+        **variables: str,
+    ) -> None:
         output.mkdir(parents=True, exist_ok=True)
         port = str(free_port())
         self.output = output
@@ -48,7 +57,7 @@ class Run:
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
             meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
             file = output / f"rank_{rank}.txt"
-            process = _CONTEXT.Process(target=_train, args=(flags, file, {**place, **meeting, **variables}))
+            process = _CONTEXT.Process(target=_train, args=(flags, file, {**place, **meeting, **variables}, prepare))
             process.start()
             self.ranks.append(process)
 
@@ -58,6 +67,12 @@ class Run:
             process = self.ranks[rank]
             if process.is_alive() and process.pid is not None:
                 os.kill(process.pid, number)
+
+    def signal_groups(self, number: int) -> None:
+        """Send a signal to all ranks and every process they have started, as a batch system does."""
+        for process in self.ranks:
+            if process.is_alive() and process.pid is not None:
+                os.killpg(process.pid, number)
 
     def kill(self) -> None:
         """kill -9 of all ranks, one right after the other."""
@@ -89,7 +104,15 @@ class Run:
 
     def said(self, rank: int) -> str:
         """What a rank has printed."""
-        return (self.output / f"rank_{rank}.txt").read_text(errors="replace")
+        return self.file(rank).read_text(errors="replace")
+
+    def file(self, rank: int) -> Path:
+        """Where a rank prints to."""
+        return self.output / f"rank_{rank}.txt"
+
+    def said_by_all(self) -> str:
+        """The end of what each rank has printed."""
+        return "\n".join(f"rank {rank}:\n{self.said(rank)[-3000:]}" for rank in range(len(self.ranks)))
 
     def __enter__(self) -> Run:
         return self
@@ -98,7 +121,8 @@ class Run:
         self.kill()
 
 
-def _train(flags: list[str], output: Path, variables: dict[str, str]) -> None:
+def _train(flags: list[str], output: Path, variables: dict[str, str], prepare: Callable[[], None] | None) -> None:
+    os.setpgid(0, 0)
     for name in LAUNCHER_VARIABLES:
         os.environ.pop(name, None)
     os.environ.update(variables)
@@ -115,6 +139,8 @@ def _train(flags: list[str], output: Path, variables: dict[str, str]) -> None:
     torch.set_num_threads(1)
     from training.main import main
 
+    if prepare is not None:
+        prepare()
     status = main(flags)
     sys.stdout.flush()
     sys.stderr.flush()

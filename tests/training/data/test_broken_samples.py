@@ -48,6 +48,7 @@ def damage(members: list[tuple[str, bytes]], how: str) -> list[tuple[str, bytes]
         Problem.EMPTY_CAPTION: [(image, pixels), (text, b" \r\n"), (key, number)],
         Problem.BAD_CAPTION: [(image, pixels), (text, b"\xff\xfe 3"), (key, number)],
         Problem.LONG_CAPTION: [(image, pixels), (text, caption * 10_000), (key, number)],
+        "a word without end": [(image, pixels), (text, caption + b"x" * 5000), (key, number)],
         Problem.NO_KEY: [(image, pixels), (text, caption), (key, b'{"key": "x1"}')],
         "a key of thousands of digits": [(image, pixels), (text, caption), (key, b'{"key": ' + b"7" * 5000 + b"}")],
         "such a key as text": [(image, pixels), (text, caption), (key, b'{"key": "' + b"7" * 5000 + b'"}')],
@@ -61,6 +62,7 @@ def damage(members: list[tuple[str, bytes]], how: str) -> list[tuple[str, bytes]
 KINDS = {
     "text named as an image": Problem.BAD_IMAGE,
     "PostScript named as an image": Problem.BAD_IMAGE,
+    "a word without end": Problem.LONG_CAPTION,
     "a key of thousands of digits": Problem.NO_KEY,
     "such a key as text": Problem.NO_KEY,
     "json too deep": Problem.NO_KEY,
@@ -122,6 +124,11 @@ def test_where_captions_come_from(caption: bytes | None, text: object, found: st
             read_labels(raw, False)
     else:
         assert read_labels(raw, False) == (found, None)
+
+
+def test_long_captions_of_ordinary_words_are_fine() -> None:
+    caption = b"a word " * 9000
+    assert read_labels(RawSample(b"x", caption, None, "0"), False)[0] == caption.decode()
 
 
 def test_no_word_of_pillow_about_too_many_pixels(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ def test_history_forgets_places_but_no_counts() -> None:
         assert history.counts(step) == Counts(
             2 * step, {("gone", "a.tar"): step, ("bad", "a.tar"): step // 2}, f"s{step - 1}"
         )
+        assert history.totals(step) == (2 * step, step + step // 2)
     for step in (100 - KEPT_STEPS, 101):
         with pytest.raises(ValueError, match="is not known"):
             history.counts(step)

@@ -1,0 +1,130 @@
+"""What is done to a rank before it begins to train: functions for `Run(prepare=…)`, made with functools.partial.
+
+They are sent to another process, so they stand here, in a module that it can import, and not in the tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+HERE = "here\n"
+LONGEST_PAUSE = 60.0
+
+
+def on_rank(rank: int, prepare: Callable[[], None]) -> None:
+    """Do it on one rank only."""
+    if int(os.environ.get("RANK", 0)) == rank:
+        prepare()
+
+
+def together(*parts: Callable[[], None]) -> None:
+    """Do several things."""
+    for part in parts:
+        part()
+
+
+def pause(place: str, marker: Path, call: int = 1) -> None:
+    """Hold a rank up where it is about to call a function.
+
+    Each rank that arrives appends a line to `marker` and waits until `marker`.go is there.
+
+    Args:
+        place: "module:function" or "module:Class.method", as it is looked up by the one who calls it.
+        call: the how manieth call, from 1.
+    """
+
+    def held_up() -> None:
+        with open(marker, "a", encoding="utf-8") as file:
+            file.write(HERE)
+        go, end = marker.with_name(f"{marker.name}.go"), time.monotonic() + LONGEST_PAUSE
+        while not go.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+
+    before_call(place, held_up, call)
+
+
+def hours_over_at_step(step: int) -> None:
+    """Let an hour go by, for whoever asks how long the run has been going, before a step of this process."""
+    from training import boundary
+
+    real, passed = time.monotonic, [0.0]
+
+    def let_it_pass() -> None:
+        passed[0] = 3600.0
+
+    before_call("training.loop:training_step", let_it_pass, step)
+    arguments = boundary.Boundary.__init__.__defaults__
+    assert arguments == (real,)
+    boundary.Boundary.__init__.__defaults__ = (lambda: real() + passed[0],)
+
+
+def before_call(place: str, act: Callable[[], None], call: int = 1) -> None:
+    """Have a function do something else first, the `call`-th time it is called."""
+    owner, name = _find(place)
+    function = getattr(owner, name)
+    calls = 0
+
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            act()
+        return function(*args, **kwargs)
+
+    setattr(owner, name, replacement)
+
+
+def _find(place: str) -> tuple[Any, str]:
+    module, _, path = place.partition(":")
+    *owners, name = path.split(".")
+    found: Any = importlib.import_module(module)
+    for owner in owners:
+        found = getattr(found, owner)
+    return found, name
+
+
+def full_disk(folder: Path, first: int, last: int) -> None:
+    """Fill rank 0's disk before one step of this process, and make room again before another.
+
+    Args:
+        folder: on a file system that is small.
+    """
+    ballast = folder / "ballast"
+
+    def fill() -> None:
+        with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1 << 16))
+
+    on_rank(0, partial(before_call, "training.loop:training_step", fill, first))
+    on_rank(0, partial(before_call, "training.loop:training_step", ballast.unlink, last))
+
+
+def failing_writes(first: int, *numbers: int) -> None:
+    """Have some checkpoints fail when half of them is written.
+
+    Args:
+        first: the how manieth write of this process is the first that fails.
+        numbers: of the errors with which this one and the following ones fail.
+    """
+    from training import atomic_files
+
+    whole, calls = atomic_files._save, [0]
+
+    def fail(path: Path, content: Any) -> dict[str, Any]:
+        calls[0] += 1
+        if not first <= calls[0] < first + len(numbers):
+            return whole(path, content)
+        record = whole(path, content)
+        os.truncate(path, record["bytes"] // 2)
+        number = numbers[calls[0] - first]
+        raise OSError(number, os.strerror(number))
+
+    atomic_files._save = fail
