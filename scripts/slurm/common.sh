@@ -17,7 +17,20 @@ export MASTER_ADDR MASTER_PORT
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-# train FLAGS... : one process per task; all end when one fails.
+# train FLAGS... : one process per task; all end when one fails. Comes back only from a run that has reached its last epoch.
+#
+# The first flags let a run live through time limits and preemption. They need these lines in the sbatch script:
+#   #SBATCH --signal=USR1@300     the ranks, not this shell, are warned 300 s before slurm ends them: time for a checkpoint
+#   #SBATCH --requeue             the job may go back into the queue, where its number and its flags stay the same
+#   #SBATCH --open-mode=append    the next start goes on in the same output file
+# and a --name that is the same at every start. FLAGS come later, so that they can say otherwise (--save-every-minutes 10).
 train() {
-    srun --kill-on-bad-exit=1 python -u src/training/main.py "$@"
+    local status=0
+    srun --kill-on-bad-exit=1 python -u src/training/main.py \
+        --resume latest --requeue-on-signal --save-every-minutes 30 "$@" || status=$?
+    # 75: interrupted. Nothing is left to be done: rank 0 has requeued a job that was warned or preempted, so that this shell is
+    # being killed and its status counts for nothing. Any other job ends as failed with 75:0 (SIGTERM alone, or slurm refused);
+    # were it requeued from here, one that a person has ended would come back.
+    [ "$status" != 75 ] || echo "interrupted: unless slurm requeues the job, submit it again to go on" >&2
+    [ "$status" = 0 ] || exit "$status"
 }

@@ -32,7 +32,7 @@ class Ending(NamedTuple):
         reason: for the log.
         status: exit status.
         saves: whether its state is worth a checkpoint.
-        requeues: whether the slurm job may go back into the queue.
+        requeues: whether the slurm job may go back into the queue, whatever slurm says of it.
     """
 
     reason: str
@@ -169,7 +169,7 @@ class Boundary:
             return Ending(f"more of the data is broken than {limit} allows\n{summary}", FAILED, saves=True)
         if sums["warned"] or sums["asked"] or sums["hours"]:
             what = "--max-hours are over" if sums["hours"] else "asked to end by a signal"
-            # Not after SIGTERM: that is also how a job is cancelled, and a preempted job slurm requeues itself.
+            # Not after SIGTERM by itself: that is also how a job is cancelled.
             return Ending(what, EXIT_INTERRUPTED, saves=True, requeues=not sums["asked"])
         return None
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import multiprocessing
 import os
 import socket
 import sys
@@ -96,7 +97,7 @@ class FailureWatch:
             # Rank 0 speaks first: a launcher kills all processes as soon as one has ended.
             _until(lambda: self._count(_READ) > 0, END_SECONDS / 3)
             self._tell(_LEFT)
-        _exit(note["status"])
+        end_process(note["status"])
 
     def _leave(self, note: dict[str, Any]) -> dict[str, Any]:
         """Leave a note; returns the first one there is, which may be another rank's."""
@@ -185,8 +186,10 @@ def _until(condition: Callable[[], bool], seconds: float) -> None:
         return  # The store is gone: nobody to wait for.
 
 
-def _exit(status: int) -> NoReturn:
-    """End without the interpreter's own way out, on which libraries would wait for ranks that are gone."""
+def end_process(status: int) -> NoReturn:
+    """End without the interpreter's own way out: it takes seconds, and libraries may wait there for ranks that are gone."""
+    for worker in multiprocessing.active_children():
+        worker.terminate()
     flushes = [handler.flush for handler in logging.getLogger().handlers]
     for flush in (*flushes, sys.stdout.flush, sys.stderr.flush):
         with contextlib.suppress(OSError):  # a full disk must not keep the process from ending

@@ -15,6 +15,10 @@ from pathlib import Path
 if not __package__:
     # Started as a file: its own folder, first on the path, would hide packages that share a name with our modules.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    # Importing takes a while, longest on a cluster's file system, and what SIGUSR1 does by itself is to kill: a job warned
+    # meanwhile would have failed. It is kept until somebody heeds it (Signals).
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 
 import torch
 
@@ -29,13 +33,13 @@ from training.data import NoUsableSamplesError, check_train_data
 from training.distributed import World
 from training.errors import OneRankError, UserError
 from training.evaluate import Evaluator
-from training.failures import FailureWatch
+from training.failures import FailureWatch, end_process
 from training.finite import NonFiniteLog
 from training.loop import Training, train_one_epoch
 from training.model import build_model, check_model, copy_model_configs
 from training.params import data_config, parse_args
 from training.plan import plan_lines
-from training.preemption import EXIT_INTERRUPTED, Signals, requeue_job
+from training.preemption import EXIT_INTERRUPTED, REQUEUE_SECONDS, Signals, is_preempted, requeue_job
 from training.random_state import set_rng_state
 from training.remote_files import Remote
 from training.remote_sync import RemoteSync, fetch_newest
@@ -68,7 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return MISTAKE
 
     def before_training(asked: signal.Signals) -> None:
-        if args.requeue_on_signal and asked == signal.SIGUSR1 and rank == 0:
+        if not args.requeue_on_signal or asked == signal.SIGINT:
+            return
+        if rank > 0:
+            # The launcher ends all ranks when the first one has ended.
+            time.sleep(REQUEUE_SECONDS)
+        elif asked == signal.SIGUSR1 or is_preempted():
             requeue_job()
 
     with Signals(before_training) as signals:
@@ -183,8 +192,11 @@ def _end(args: Namespace, world: World, ending: Ending) -> int:
     if world.is_main:
         said = logging.warning if ending.status == EXIT_INTERRUPTED else logging.error
         said("%s: ended with status %d", ending.reason, ending.status)
-        if ending.status == EXIT_INTERRUPTED and args.requeue_on_signal and ending.requeues:
+        if ending.status == EXIT_INTERRUPTED and args.requeue_on_signal and (ending.requeues or is_preempted()):
             requeue_job()
+    # The launcher kills all ranks when the first one has ended with a status like this: not before rank 0 has written its
+    # files and has asked for the job to be requeued.
+    world.from_main(None)
     return ending.status
 
 
@@ -313,7 +325,12 @@ def _checkpoint_to_resume(args: Namespace, folder: RunFolder) -> Path | None:
 
 def cli() -> None:
     """Console entry."""
-    sys.exit(main())
+    status = main()
+    if status == EXIT_INTERRUPTED:
+        # At once: a rank that still leaves the interpreter when the first one has ended is killed by the launcher, and the
+        # status of all would be that one's.
+        end_process(status)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

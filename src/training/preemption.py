@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,8 +31,9 @@ from typing import NoReturn
 # Interrupted, with a checkpoint: start again with --resume latest to go on. EX_TEMPFAIL of sysexits.h: "try again later".
 EXIT_INTERRUPTED = 75
 SETTLE_SECONDS = 1.0
+# For slurm's controller to answer, twice.
+REQUEUE_SECONDS = 60
 _ASKING = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-_REQUEUE_SECONDS = 60
 _END = b"\0"  # no signal has this number
 
 
@@ -65,6 +67,8 @@ class Signals:
             self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
             self._handlers_before = {number: signal.signal(number, _do_nothing) for number in _ASKING}
             threading.Thread(target=self._watch, args=(self._pipe[0],), name="signals", daemon=True).start()
+            # A signal that was blocked until somebody would heed it arrives now.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASKING)
         return self
 
     def __exit__(
@@ -115,17 +119,34 @@ def requeue_job() -> None:
     if job is None:
         logging.warning("--requeue-on-signal: there is no SLURM_JOB_ID, so no job to requeue")
         return
-    try:
-        command = ["scontrol", "requeue", job]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_REQUEUE_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        logging.error("--requeue-on-signal: scontrol requeue %s failed (%s)", job, error)
-        return
-    if done.returncode == 0:
+    if _scontrol("requeue", job) is not None:
         logging.info("job %s goes back into the queue", job)
-    else:
+
+
+def is_preempted() -> bool:
+    """Whether this slurm job is about to lose its nodes to another one. To be called by one rank.
+
+    Slurm requeues a preempted job when its time of grace is over. One that ends by itself before, as it is told to by
+    SIGTERM, has merely failed and stays away.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    shown = _scontrol("show", "job", job) if job is not None else None
+    return shown is not None and re.search(r"\bPreemptTime=\d", shown) is not None
+
+
+def _scontrol(*words: str) -> str | None:
+    """What scontrol prints; None when it fails, which is told in the log."""
+    command = ["scontrol", *words]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=REQUEUE_SECONDS / 2, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        logging.error("--requeue-on-signal: %s failed (%s)", " ".join(command), error)
+        return None
+    if done.returncode != 0:
         reason = " ".join(done.stderr.split()) or f"status {done.returncode}"
-        logging.error("--requeue-on-signal: scontrol requeue %s: %s", job, reason)
+        logging.error("--requeue-on-signal: %s: %s", " ".join(command), reason)
+        return None
+    return done.stdout
 
 
 def _do_nothing(_number: int, _frame: object) -> None:
