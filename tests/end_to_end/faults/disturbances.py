@@ -174,3 +174,17 @@ def broken_from(rank: int, sample: int) -> None:
 def stalled_data(rank: int, batch: int) -> None:
     """Let a worker of a rank wait for its `batch`-th batch for longer than any test takes."""
     on_rank(rank, partial(before_call, "training.data.stream:BatchDataset.collect", partial(time.sleep, 600), batch))
+
+
+def note_keys(folder: Path) -> None:
+    """Note each sample that is trained on, as "epoch key", in files of the folder."""
+    from training.loop import Training
+
+    check = Training.check_keys
+
+    def noted(self: Training, batch: Any) -> None:
+        check(self, batch)
+        with open(folder / f"keys of {os.getpid()}", "a", encoding="utf-8") as file:
+            file.writelines(f"{self.state.epoch} {key}\n" for key in batch.keys.tolist())
+
+    Training.check_keys = noted
