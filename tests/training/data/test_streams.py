@@ -19,7 +19,7 @@ from typing import ClassVar
 import pytest
 from webdataset.gopen import Pipe, gopen_schemes
 
-from training.data.loader import _start_worker
+from training.data.workers import heed_parent_only
 from training.data.plan import ShardSlice
 from training.data.read import read_slots
 from training.data.samples import Problem, RawSample
@@ -191,7 +191,7 @@ def test_a_worker_that_is_ended_while_it_waits_ends_its_streams(shard: Path) -> 
 
 
 def read_as_worker(url: str, answers: multiprocessing.connection.Connection) -> None:
-    _start_worker(0)
+    heed_parent_only(0)
     slots = read_slots(ShardSlice(Shard(url, 0)))
     answers.send(sum(1 for _ in itertools.islice(slots, SAMPLES - 1)))
     # The last one is known to be whole when the stream goes on or ends.
