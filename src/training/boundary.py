@@ -70,6 +70,7 @@ class Boundary:
         self._agreement = Agreement(training.world, _NUMBERS)
         self._untold: list[Finding] = []
         self._save_is_due = False
+        self._has_just_saved = False
 
     def after_step(self, steps_done: int, interval: Interval) -> Ending | None:
         """Save if that is due; returns an ending if the run is to end here, its checkpoint written.
@@ -81,7 +82,9 @@ class Boundary:
         if every and self._training.state.step % every == 0:
             self._save_is_due = True
         sums = self._agreement.exchange(self._numbers(steps_done))
-        self._save_is_due |= sums["minutes"] > 0
+        # What was handed in before a checkpoint and comes back after it has been seen to.
+        self._save_is_due |= sums["minutes"] > 0 and not self._has_just_saved
+        self._has_just_saved = False
         if sums["findings"]:
             self._tell_findings()
         is_epochs_last = steps_done == self._training.loader.steps_per_epoch
@@ -89,7 +92,7 @@ class Boundary:
         saves = self._save_is_due and not sums["busy"] if ending is None else ending.saves
         if self._args.on_nonfinite == "stop" and (saves or is_epochs_last):
             # What is saved is to be from before a step that ends the run; sums are of the step before.
-            ending = self._stopped(self._settled(steps_done)) or ending
+            ending = self._stopped(sums) or self._stopped(self._settled(steps_done)) or ending
             saves = saves and (ending is None or ending.saves)
         if saves and not is_epochs_last:
             with interval.paused():
@@ -129,6 +132,7 @@ class Boundary:
 
     def _saved(self) -> None:
         self._save_is_due = False
+        self._has_just_saved = self._world.size > 1
         self._saved_at = self._clock()
 
     def _numbers(self, steps_done: int, wait: bool = False) -> dict[str, int]:
