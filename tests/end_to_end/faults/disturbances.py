@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import os
 import time
 from collections.abc import Callable
@@ -188,3 +189,56 @@ def note_keys(folder: Path) -> None:
             file.writelines(f"{self.state.epoch} {key}\n" for key in batch.keys.tolist())
 
     Training.check_keys = noted
+
+
+def poisoned_pictures(rank: int, first: int, count: int = 1) -> None:
+    """Make a rank's pictures NaN in some steps, from the `first`-th of this process on."""
+    from training.pixels import Pixels
+
+    clean, calls = Pixels.__call__, [0]
+
+    def poisoned(self: Pixels, image: Any) -> Any:
+        calls[0] += 1
+        return clean(self, image) * (math.nan if first <= calls[0] < first + count else 1.0)
+
+    on_rank(rank, partial(setattr, Pixels, "__call__", poisoned))
+
+
+def poisoned_gradient(rank: int, step: int) -> None:
+    """Make one number of a rank's own gradient infinite in one step, counted from 1."""
+    from training import loop
+
+    clean, calls = loop.training_step, [0]
+
+    def spoil(gradient: Any) -> Any:
+        gradient = gradient.clone()
+        gradient.view(-1)[0] = math.inf
+        return gradient
+
+    def poisoned(training: Any, batch: Any) -> Any:
+        calls[0] += 1
+        if calls[0] != step:
+            return clean(training, batch)
+        hook = next(training.state.towers.model.visual.parameters()).register_hook(spoil)
+        try:
+            return clean(training, batch)
+        finally:
+            hook.remove()
+
+    on_rank(rank, partial(setattr, loop, "training_step", poisoned))
+
+
+def note_weights(folder: Path) -> None:
+    """Save each rank's towers when its run is over, as weights_RANK.pt."""
+    import torch
+
+    from training.saving import Saver
+
+    close = Saver.close
+
+    def noted(self: Saver) -> None:
+        towers = self._training.state.towers
+        torch.save(towers.state_dict(), folder / f"weights_{os.environ['RANK']}.pt")
+        close(self)
+
+    Saver.close = noted
