@@ -135,17 +135,10 @@ class Boundary:
         self._has_just_saved = self._world.size > 1
         self._saved_at = self._clock()
 
-<<<<<<< HEAD
-    def _numbers(self, steps_done: int) -> dict[str, int]:
-        self._untold += self._training.guard.findings(wait=steps_done == self._training.loader.steps_per_epoch)
-        good, bad = self._training.loader.totals(steps_done)
-=======
     def _numbers(self, steps_done: int, wait: bool = False) -> dict[str, int]:
         """wait: for what the device has not told yet."""
         self._untold += self._training.guard.findings(wait)
-        counts = self._training.loader.counts(steps_done)
-        bad = sum(counts.problems.values())
->>>>>>> faults
+        good, bad = self._training.loader.totals(steps_done)
         received = self._signals.received
         now, main = self._clock(), self._world.is_main
         hours, minutes = self._args.max_hours, self._args.save_every_minutes
@@ -186,9 +179,6 @@ class Boundary:
             return Ending(what, EXIT_INTERRUPTED, saves=True, requeues=not sums["asked"])
         return None
 
-<<<<<<< HEAD
-    def _is_too_bad(self, sums: dict[str, int], steps_done: int) -> bool:
-=======
     def _stopped(self, sums: dict[str, int]) -> Ending | None:
         if not sums["findings"] or self._args.on_nonfinite != "stop":
             return None
@@ -198,8 +188,7 @@ class Boundary:
             saves=False,
         )
 
-    def _is_too_bad(self, sums: dict[str, int], whole_epoch: bool) -> bool:
->>>>>>> faults
+    def _is_too_bad(self, sums: dict[str, int], steps_done: int) -> bool:
         limit = self._args.max_bad_fraction
         whole_epoch = steps_done == self._training.loader.steps_per_epoch
         if limit is None or not (whole_epoch or sums["looked_at"] >= FEWEST_JUDGED):

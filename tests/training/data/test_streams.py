@@ -19,12 +19,12 @@ from typing import ClassVar
 import pytest
 from webdataset.gopen import Pipe, gopen_schemes
 
-from training.data.workers import heed_parent_only
 from training.data.plan import ShardSlice
 from training.data.read import read_slots
 from training.data.samples import Problem, RawSample
 from training.data.shards import Shard
 from training.data.streams import Patience
+from training.data.workers import heed_parent_only
 
 SAMPLES = 12
 BYTES = 6 * 512  # of a sample
