@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from argparse import Namespace
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from ranks import run_on_ranks
 from small_training import ALONE, CPU, SmallModel, make_args, make_batches, make_training
 from training.data_parallel import distribute
 from training.distributed import World
-from training.loop import train_one_epoch
+from training.loop import train_one_epoch, training_step
 from training.model import TwoTowers
 
 RANKS = 2
@@ -99,3 +101,40 @@ def test_compressed_gradients_are_those_rounded_to_bfloat16(
 def test_one_rank_has_nobody_to_talk_to() -> None:
     towers = TwoTowers(SmallModel())
     assert distribute(towers, ALONE, static_graph=True, compression="bf16") is towers
+
+
+STEPS = ("--objective", "openclip", "--epochs", "1", "--lr", "1e-2")
+
+
+def _goes_on(settles: bool) -> list[Tensor]:
+    """By how much weights differ after two steps in one process, and in two of which each begins with fresh buckets."""
+    world = World(torch.distributed.get_rank(), 3, CPU)
+    batches = make_batches(2, 12)
+
+    def run(states: Sequence[dict], first: int) -> list[Sequence[dict]]:
+        """States after each step from the `first` on."""
+        training = make_training(make_args(*STEPS), batches, world, model_class=Convolutional)
+        training.has_settled = not settles
+        parts = (training.state.towers, training.state.optimizer)
+        for part, state in zip(parts, states):
+            part.load_state_dict(state)
+        after = []
+        before = torch.get_rng_state()
+        for batch in list(training.loader.epoch(0))[first:]:
+            training.settle(batch)
+            assert torch.equal(torch.get_rng_state(), before)
+            assert all(parameter.grad is None for parameter in training.state.towers.parameters())
+            training_step(training, batch)
+            after.append(copy.deepcopy([part.state_dict() for part in parts]))
+        return after
+
+    middle, whole = run((), 0)
+    (resumed,) = run(middle, 1)
+    return [(value - resumed[0][name]).abs().max() for name, value in whole[0].items()]
+
+
+@pytest.mark.parametrize("settles", [True, False])
+def test_three_ranks_round_alike_from_the_first_step_on(settles: bool) -> None:
+    for differences in run_on_ranks(_goes_on, 3, settles):
+        # Without it they do differ, or this would test nothing.
+        assert any(difference > 0 for difference in differences) != settles
