@@ -70,31 +70,34 @@ class Boundary:
         self._agreement = Agreement(training.world, _NUMBERS)
         self._untold: list[Finding] = []
         self._save_is_due = False
+        self._has_just_saved = False
 
     def after_step(self, steps_done: int, interval: Interval) -> Ending | None:
         """Save if that is due; returns an ending if the run is to end here, its checkpoint written.
 
         Args:
-            steps_done: of the present epoch. After its last step nothing is done but to remember what is due: the epoch's
-                own checkpoint follows.
+            steps_done: of the present epoch. After its last step nothing is saved, since the epoch's own checkpoint follows.
         """
         every = self._args.save_every_n_steps
         if every and self._training.state.step % every == 0:
             self._save_is_due = True
         sums = self._agreement.exchange(self._numbers(steps_done))
-        self._save_is_due |= sums["minutes"] > 0
+        # What was handed in before a checkpoint and comes back after it has been seen to.
+        self._save_is_due |= sums["minutes"] > 0 and not self._has_just_saved
+        self._has_just_saved = False
         if sums["findings"]:
             self._tell_findings()
-        if steps_done == self._training.loader.steps_per_epoch:
-            return None
-        ending = self._ending(sums, steps_done)
-        if ending is None and self._save_is_due and not sums["busy"]:
+        is_epochs_last = steps_done == self._training.loader.steps_per_epoch
+        ending = None if is_epochs_last else self._ending(sums, steps_done)
+        saves = self._save_is_due and not sums["busy"] if ending is None else ending.saves
+        if self._args.on_nonfinite == "stop" and (saves or is_epochs_last):
+            # What is saved is to be from before a step that ends the run; sums are of the step before.
+            ending = self._stopped(sums) or self._stopped(self._settled(steps_done)) or ending
+            saves = saves and (ending is None or ending.saves)
+        if saves and not is_epochs_last:
             with interval.paused():
-                self._saver.within_epoch(steps_done, numbered=True)
+                self._saver.within_epoch(steps_done, ending is None or self._save_is_due, last=ending is not None)
             self._saved()
-        elif ending is not None and ending.saves:
-            with interval.paused():
-                self._saver.within_epoch(steps_done, numbered=self._save_is_due, last=True)
         return ending
 
     def after_epoch(self) -> Ending | None:
@@ -111,12 +114,16 @@ class Boundary:
         return self._settle(steps_done)
 
     def _settle(self, steps_done: int) -> Ending | None:
-        sums = self._agreement.settle(self._numbers(steps_done))
-        if sums["findings"]:
-            self._tell_findings()
+        sums = self._settled(steps_done)
         if self._training.state.epoch >= self._args.stop_epochs:
             sums["hours"] = 0  # There is nothing left to go on with.
         return self._ending(sums, self._training.loader.steps_per_epoch)
+
+    def _settled(self, steps_done: int) -> dict[str, int]:
+        sums = self._agreement.settle(self._numbers(steps_done, wait=True))
+        if sums["findings"]:
+            self._tell_findings()
+        return sums
 
     @property
     def save_is_due(self) -> bool:
@@ -125,10 +132,12 @@ class Boundary:
 
     def _saved(self) -> None:
         self._save_is_due = False
+        self._has_just_saved = self._world.size > 1
         self._saved_at = self._clock()
 
-    def _numbers(self, steps_done: int) -> dict[str, int]:
-        self._untold += self._training.guard.findings(wait=steps_done == self._training.loader.steps_per_epoch)
+    def _numbers(self, steps_done: int, wait: bool = False) -> dict[str, int]:
+        """wait: for what the device has not told yet."""
+        self._untold += self._training.guard.findings(wait)
         good, bad = self._training.loader.totals(steps_done)
         received = self._signals.received
         now, main = self._clock(), self._world.is_main
@@ -150,12 +159,9 @@ class Boundary:
     def _ending(self, sums: dict[str, int], steps_done: int) -> Ending | None:
         if sums["save_failed"]:
             return Ending("a checkpoint could not be written and --strict-save is given", FAILED, saves=False)
-        if sums["findings"] and self._args.on_nonfinite == "stop":
-            return Ending(
-                "a loss or gradient was not finite and --on-nonfinite stop is given; the last checkpoint is from before",
-                FAILED,
-                saves=False,
-            )
+        stopped = self._stopped(sums)
+        if stopped is not None:
+            return stopped
         if sums["hopeless"]:
             return Ending(
                 f"{HOPELESS_STEPS} steps in a row had a loss or gradient that is not finite: lower --lr, add "
@@ -172,6 +178,15 @@ class Boundary:
             # Not after SIGTERM by itself: that is also how a job is cancelled.
             return Ending(what, EXIT_INTERRUPTED, saves=True, requeues=not sums["asked"])
         return None
+
+    def _stopped(self, sums: dict[str, int]) -> Ending | None:
+        if not sums["findings"] or self._args.on_nonfinite != "stop":
+            return None
+        return Ending(
+            "a loss or gradient was not finite and --on-nonfinite stop is given; the last checkpoint is from before",
+            FAILED,
+            saves=False,
+        )
 
     def _is_too_bad(self, sums: dict[str, int], steps_done: int) -> bool:
         limit = self._args.max_bad_fraction

@@ -121,7 +121,11 @@ class FiniteGuard:
 
     @torch.no_grad()
     def step_done(self, step: int, temperature: Tensor, log_normalizers: Tensor | None, keys: Tensor | None) -> None:
-        """Send what was found to the host. `step` counts optimizer steps, `keys` are those of this rank's batch [B] int64."""
+        """Send what was found to the host.
+
+        Args:
+            step: counted from 1, as in metrics.jsonl. keys: [B] int64, those of this rank's batch.
+        """
         assert self._loss is not None
         assert self._bad is not None
         probe = torch.stack([self._loss.float(), *self._sums, self._bad.float()])

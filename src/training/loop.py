@@ -174,7 +174,7 @@ def training_step(training: Training, batch: Batch) -> Output:
         state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     state.towers.clamp_logit_scale()
-    guard.step_done(state.step, temperature, output.log_normalizers, batch.keys)
+    guard.step_done(state.step + 1, temperature, output.log_normalizers, batch.keys)
     return output
 
 

@@ -93,12 +93,11 @@ def _run(args: Namespace, signals: Signals, started: float) -> int:
         signals.end = partial(failures.end_all, status=EXIT_INTERRUPTED, what="was asked to end")
         status = 0
         if args.bench_data is None:
-            status = train(args, world, signals, started)
+            status = train(args, world, signals, failures, started)
         else:
             bench_data(args, world)
     except (UserError, NoUsableSamplesError) as error:
-        # The loader repeats a worker's whole traceback before the message.
-        message = f"error: {error if isinstance(error, UserError) else str(error).strip().splitlines()[-1]}"
+        message = f"error: {error if isinstance(error, UserError) else _said_by_worker(error)}"
         is_everyones = isinstance(error, UserError) and not isinstance(error, OneRankError)
         if failures is not None and world.size > 1 and not is_everyones:
             failures.end_all(message, MISTAKE)
@@ -117,11 +116,18 @@ def _run(args: Namespace, signals: Signals, started: float) -> int:
     return status
 
 
-def train(args: Namespace, world: World, signals: Signals, started: float) -> int:
+def _said_by_worker(error: Exception) -> str:
+    """The loader repeats a worker's whole traceback, whose last line is the exception's name and message."""
+    line = str(error).strip().splitlines()[-1]
+    return line.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
+
+
+def train(args: Namespace, world: World, signals: Signals, failures: FailureWatch, started: float) -> int:
     """The whole run, from resolved flags to the last checkpoint.
 
     Args:
-        signals: by which it may be asked to end. started: time.monotonic() at the start, from which --max-hours counts.
+        signals: by which it may be asked to end. failures: by which a rank that fails ends the others.
+        started: time.monotonic() at the start, from which --max-hours counts.
 
     Returns:
         The exit status.
@@ -135,6 +141,7 @@ def train(args: Namespace, world: World, signals: Signals, started: float) -> in
 
     bundle = world.check_together(lambda: build_model(args, OBJECTIVES[args.objective], world.device))
     loader = world.check_together(lambda: open_data(args, world, bundle))
+    loader.give_up = lambda message: failures.end_all(f"error: {message}", MISTAKE)
     world.check_same((loader.steps_per_epoch, loader.data_description), f"--train-data {args.train_data}")
     reporter = world.check_together(lambda: Reporter(args, folder, world))
     objective = world.check_together(lambda: objective_of_run(args, world, bundle, loader))

@@ -178,7 +178,7 @@ def test_checkpoint_cut_short(refused: Refusal, corpus: Corpus, checkpoint: Path
     content = checkpoint.read_bytes()
     for length in (0, 10, len(content) // 2, len(content) - 1000):
         checkpoint.write_bytes(content[:length])
-        _assert_names(_resume(refused, corpus, checkpoint), "--resume", str(checkpoint), "cannot be read")
+        _assert_names(_resume(refused, corpus, checkpoint), "--resume", str(checkpoint), "is not whole")
 
 
 def test_checkpoint_that_is_text(refused: Refusal, corpus: Corpus, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_every_objective_tells_its_normalizers_and_keys(name: str) -> None:
     training.state.step = 7
     training_step(training, broken(batches[1]))
     (finding,) = training.guard.findings(wait=True)
-    assert (finding.step, finding.rank, finding.keys) == (7, 0, [4, 5, 6, 7])
+    assert (finding.step, finding.rank, finding.keys) == (8, 0, [4, 5, 6, 7])
     assert finding.temperature == pytest.approx(math.exp(-2.0), rel=0.1)
     has_normalizers = name not in ("openclip", "siglip")
     assert (finding.log_normalizers is not None) == has_normalizers
@@ -147,7 +147,7 @@ def test_one_rank_stops_the_update_of_all_and_is_named() -> None:
     (guilty,) = culprits(everyone)
     assert guilty.rank == 1
     assert guilty.keys == [12, 13, 14, 15]
-    assert describe(everyone).startswith("step 0: features not finite on rank 1, loss nan, τ ")
+    assert describe(everyone).startswith("step 1: features not finite on rank 1, loss nan, τ ")
 
 
 def test_description_names_everything() -> None:

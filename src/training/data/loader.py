@@ -26,7 +26,7 @@ from training.data.sources import ShardSource
 from training.data.stages import StageClock
 from training.data.stream import BatchDataset, Beginning, SampleSource, Tokenizer
 from training.data.tables import SYNTHETIC_STEPS, CsvRows, RowSource, SyntheticRows, read_csv
-from training.data.timeout import patient
+from training.data.timeout import end_process, patient
 from training.data.tokens import quick_tokenizer
 from training.data.workers import heed_parent_only
 
@@ -47,6 +47,7 @@ class TrainLoader:
     steps_per_epoch: batches of an epoch, the same on every rank.
     num_samples: samples of an epoch over all ranks (steps_per_epoch · batch_size · world_size).
     data_description: one or two lines for the run's plan: kind, shards, samples, and how exact an epoch is.
+    give_up: ends the process where that is the only way to stop waiting for data (see `patient`).
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class TrainLoader:
         self.steps_per_epoch: int = dataset.layout.steps
         self.num_samples: int = dataset.layout.num_samples
         self.data_description = data_description
+        self.give_up: Callable[[str], object] = end_process
         self._dataset = dataset
         self._workers = workers
         self._pin_memory = pin_memory
@@ -120,7 +122,9 @@ class TrainLoader:
         self._dataset.position.set(epoch)
         deliveries: Iterator[Delivery] = iter(self._loader)
         if self._patience is not None:
-            deliveries = patient(deliveries, self._patience.seconds, self._patience.explain, self._workers)
+            deliveries = patient(
+                deliveries, self._patience.seconds, self._patience.explain, self._workers, self.give_up
+            )
         deliveries = itertools.islice(deliveries, self.steps_per_epoch - course.step)
         return self._unpacked(deliveries, course, self._history)
 

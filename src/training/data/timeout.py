@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from training.errors import OneRankError
 
@@ -20,7 +20,22 @@ class DataTimeoutError(OneRankError):
     """No batch came for as long as --data-timeout allows."""
 
 
-def patient(batches: Iterator[T], seconds: float, explain: Callable[[], str], workers: int) -> Iterator[T]:
+def end_process(message: str) -> NoReturn:
+    """Say it on stderr and end this process with status 1."""
+    # A batch is made in the calling thread, which may be held up in a system call that nothing interrupts. Making batches in
+    # another thread, so that this one could give up, would break their determinism: augmentation draws from the global
+    # generators, seeded around each batch, and so does the training step.
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def patient(
+    batches: Iterator[T],
+    seconds: float,
+    explain: Callable[[], str],
+    workers: int,
+    give_up: Callable[[str], object] = end_process,
+) -> Iterator[T]:
     """The batches of a loader, until one does not come within `seconds`.
 
     Args:
@@ -28,11 +43,12 @@ def patient(batches: Iterator[T], seconds: float, explain: Callable[[], str], wo
         seconds: --data-timeout.
         explain: says what the data hold; must come to an end by itself.
         workers: --workers. With 0 batches are made by the thread that asks for them.
+        give_up: called without workers, from another thread, with the message; must end the process.
 
     Raises:
-        DataTimeoutError: while iterating with workers. Without, the process ends with status 1 and that message on stderr.
+        DataTimeoutError: while iterating with workers.
     """
-    return _translated(batches, seconds, explain) if workers else _watched(batches, seconds, explain)
+    return _translated(batches, seconds, explain) if workers else _watched(batches, seconds, explain, give_up)
 
 
 def _message(seconds: float, explain: Callable[[], str]) -> str:
@@ -60,8 +76,10 @@ def _translated(batches: Iterator[T], seconds: float, explain: Callable[[], str]
         yield batch
 
 
-def _watched(batches: Iterator[T], seconds: float, explain: Callable[[], str]) -> Iterator[T]:
-    watchdog = _Watchdog(seconds, lambda: _end_process(_message(seconds, explain)))
+def _watched(
+    batches: Iterator[T], seconds: float, explain: Callable[[], str], give_up: Callable[[str], object]
+) -> Iterator[T]:
+    watchdog = _Watchdog(seconds, lambda: give_up(_message(seconds, explain)))
     try:
         while True:
             with watchdog.watching():
@@ -71,14 +89,6 @@ def _watched(batches: Iterator[T], seconds: float, explain: Callable[[], str]) -
             yield batch  # type: ignore[misc]
     finally:
         watchdog.stop()
-
-
-def _end_process(message: str) -> None:
-    # A batch is made in the calling thread, which may be held up in a system call that nothing interrupts. Making batches in
-    # another thread, so that this one could give up, would break their determinism: augmentation draws from the global
-    # generators, seeded around each batch, and so does the training step.
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    os._exit(1)
 
 
 class _Watchdog:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import os
 import time
 from collections.abc import Callable
@@ -128,3 +129,116 @@ def failing_writes(first: int, *numbers: int) -> None:
         raise OSError(number, os.strerror(number))
 
     atomic_files._save = fail
+
+
+def failure(place: str, marker: Path, rank: int, call: int) -> None:
+    """Have a function raise on one rank; `marker` is there from then on."""
+
+    def fail() -> None:
+        marker.touch()
+        raise ValueError(f"made up on rank {rank}")
+
+    on_rank(rank, partial(before_call, place, fail, call))
+
+
+def unknown_key(rank: int, key: int, call: int) -> None:
+    """Give a sample of one batch of a rank another key."""
+    from training.loop import Training
+
+    check, calls = Training.check_keys, [0]
+
+    def changed(self: Training, batch: Any) -> None:
+        calls[0] += 1
+        if calls[0] == call and int(os.environ["RANK"]) == rank:
+            batch.keys[3] = key
+        check(self, batch)
+
+    Training.check_keys = changed
+
+
+def broken_from(rank: int, sample: int) -> None:
+    """Let every sample be broken that a worker of a rank looks at, from the `sample`-th on."""
+    from training.data import stream
+    from training.data.samples import BrokenSampleError
+
+    read, looked_at = stream.read_labels, [0]
+
+    def fail(*args: Any) -> Any:
+        looked_at[0] += 1
+        if looked_at[0] >= sample and int(os.environ["RANK"]) == rank:
+            raise BrokenSampleError("made up")
+        return read(*args)
+
+    stream.read_labels = fail
+
+
+def stalled_data(rank: int, batch: int) -> None:
+    """Let a worker of a rank wait for its `batch`-th batch for longer than any test takes."""
+    on_rank(rank, partial(before_call, "training.data.stream:BatchDataset.collect", partial(time.sleep, 600), batch))
+
+
+def note_keys(folder: Path) -> None:
+    """Note each sample that is trained on, as "epoch key", in files of the folder."""
+    from training.loop import Training
+
+    check = Training.check_keys
+
+    def noted(self: Training, batch: Any) -> None:
+        check(self, batch)
+        with open(folder / f"keys of {os.getpid()}", "a", encoding="utf-8") as file:
+            file.writelines(f"{self.state.epoch} {key}\n" for key in batch.keys.tolist())
+
+    Training.check_keys = noted
+
+
+def poisoned_pictures(rank: int, first: int, count: int = 1) -> None:
+    """Make a rank's pictures NaN in some steps, from the `first`-th of this process on."""
+    from training.pixels import Pixels
+
+    clean, calls = Pixels.__call__, [0]
+
+    def poisoned(self: Pixels, image: Any) -> Any:
+        calls[0] += 1
+        return clean(self, image) * (math.nan if first <= calls[0] < first + count else 1.0)
+
+    on_rank(rank, partial(setattr, Pixels, "__call__", poisoned))
+
+
+def poisoned_gradient(rank: int, step: int) -> None:
+    """Make one number of a rank's own gradient infinite in one step, counted from 1."""
+    from training import loop
+
+    clean, calls = loop.training_step, [0]
+
+    def spoil(gradient: Any) -> Any:
+        gradient = gradient.clone()
+        gradient.view(-1)[0] = math.inf
+        return gradient
+
+    def poisoned(training: Any, batch: Any) -> Any:
+        calls[0] += 1
+        if calls[0] != step:
+            return clean(training, batch)
+        hook = next(training.state.towers.model.visual.parameters()).register_hook(spoil)
+        try:
+            return clean(training, batch)
+        finally:
+            hook.remove()
+
+    on_rank(rank, partial(setattr, loop, "training_step", poisoned))
+
+
+def note_weights(folder: Path) -> None:
+    """Save each rank's towers when its run is over, as weights_RANK.pt."""
+    import torch
+
+    from training.saving import Saver
+
+    close = Saver.close
+
+    def noted(self: Saver) -> None:
+        towers = self._training.state.towers
+        torch.save(towers.state_dict(), folder / f"weights_{os.environ['RANK']}.pt")
+        close(self)
+
+    Saver.close = noted

@@ -92,15 +92,20 @@ class Run:
         return all(process.is_alive() for process in self.ranks)
 
     def until(self, path: Path, text: str, count: int = 1, seconds: float = STARTING) -> bool:
-        """Wait until a file holds a text so often. False if the run ended before."""
+        """Wait until a file holds a text so often. False if a rank ended before."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
+            is_running = self.is_running
             if path.exists() and path.read_text(errors="replace").count(text) >= count:
                 return True
-            if not self.is_running:
+            if not is_running:
                 return False
             time.sleep(0.01)
-        raise TimeoutError(f"{path} never held {text!r}: {self.said(0)[-2000:]}")
+        raise TimeoutError(f"{path} never held {text!r}: {self.said_by_all()}")
+
+    def until_there(self, path: Path) -> bool:
+        """Wait until there is a file. False if a rank ended before."""
+        return self.until(path, "", 0)
 
     def said(self, rank: int) -> str:
         """What a rank has printed."""

@@ -44,9 +44,9 @@ def figures(request: pytest.FixtureRequest) -> Iterator[Counter[str]]:
     """What was counted over all cases, told at the end."""
     found: Counter[str] = Counter()
     yield found
-    reporter = request.config.pluginmanager.getplugin("terminalreporter")
-    if reporter is not None:
-        reporter.write_line("\n" + ", ".join(f"{found[name]:,} {name}" for name in sorted(found)))
+    capturing = request.config.pluginmanager.getplugin("capturemanager")
+    with capturing.global_and_fixture_disabled():
+        print("\n" + ", ".join(f"{found[name]:,} {name}" for name in sorted(found)))
 
 
 @contextlib.contextmanager

@@ -88,7 +88,7 @@ def test_broken_samples_are_made_up_for_and_counted(kit, tmp_path: Path, how: st
     assert set(keys) == set(range(24)) - broken
     assert keys.total() == 24
     if workers == 0:
-        tally = loader._loader.dataset.tally.drain()
+        tally = loader.counts(loader.steps_per_epoch)
         assert tally.problems.keys() == {(KINDS.get(how, how), str(tmp_path / "0.tar"))}
     assert kit.seen_keys(loader, 1) == kit.seen_keys(kit.open_ranks(config, 1)[0], 1)
 
@@ -173,7 +173,7 @@ def test_nothing_usable_is_an_error_and_no_hang(
 
 def problems_of(loader: TrainLoader) -> dict[tuple[str, str], int]:
     """What the loader of this process has counted, by kind and name of the shard."""
-    counts = loader._loader.dataset.tally.drain()
+    counts = loader.counts(loader.steps_per_epoch)
     return {(kind, Path(shard).name): number for (kind, shard), number in counts.problems.items()}
 
 
