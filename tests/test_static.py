@@ -33,3 +33,15 @@ def test_scripts_are_executable() -> None:
         with open(script, encoding="utf-8") as file:
             if file.readline().startswith("#!") and script.suffix != ".sbatch":
                 assert script.stat().st_mode & 0o111, script
+
+
+@pytest.mark.parametrize(
+    "script", [path for path in SHELL_SCRIPTS if path.suffix == ".sbatch"], ids=lambda path: path.stem
+)
+def test_batch_jobs_live_through_interruptions(script: Path) -> None:
+    """What `train` of common.sh relies on; these lines cannot be sourced."""
+    text = script.read_text(encoding="utf-8")
+    asked = {line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")}
+    assert {"--open-mode=append", "--signal=USR1@300", "--requeue"} <= asked
+    assert "scripts/slurm/common.sh" in text
+    assert "--name " in text

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from end_to_end.runs import clean_environment
-from training.preemption import EXIT_INTERRUPTED, SETTLE_SECONDS, Signals, requeue_job
+from end_to_end.runs import MAIN, clean_environment
+from training.preemption import EXIT_INTERRUPTED, SETTLE_SECONDS, Signals, is_preempted, requeue_job
 
 IN_PYTHON = "while True: time.sleep(0.05)"
 # It locks the same mutex twice: no handler of Python's ever gets its turn.
@@ -116,10 +116,12 @@ def test_handlers_are_put_back() -> None:
 
 @pytest.fixture
 def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A command of that name that writes down its arguments; with a file `refuse` beside it, it fails."""
+    """A command of that name that writes down its arguments and prints a file `show`; with a file `refuse`, it fails."""
     command = tmp_path / "scontrol"
     refusal = f'[ -e {tmp_path}/refuse ] && {{ echo "not allowed" >&2; exit 1; }}'
-    command.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n{refusal}\nexit 0\n')
+    command.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n{refusal}\n[ ! -e {tmp_path}/show ] || cat {tmp_path}/show\n'
+    )
     command.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
@@ -141,3 +143,57 @@ def test_requeue_without_a_job_is_told(monkeypatch: pytest.MonkeyPatch, caplog: 
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     requeue_job()
     assert "no SLURM_JOB_ID" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("shown", "preempted"), [("PreemptTime=None", False), ("PreemptTime=2026-11-23T05:50:44", True)]
+)
+def test_slurm_tells_of_preemption(shown: str, preempted: bool, scontrol: Path) -> None:
+    (scontrol / "show").write_text(f"JobState=RUNNING\n   PreemptEligibleTime=2026-11-23T05:50:41 {shown}\n")
+    assert is_preempted() == preempted
+    assert (scontrol / "asked").read_text() == "show job 4711\n"
+
+
+def test_a_job_that_slurm_does_not_show_counts_as_not_preempted(
+    scontrol: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (scontrol / "refuse").touch()
+    assert not is_preempted()
+    assert "scontrol show job 4711: not allowed" in caplog.text
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert not is_preempted()
+
+
+def test_a_signal_during_the_imports_is_kept(scontrol: Path) -> None:
+    flags = (
+        "--name",
+        "run",
+        "--resume",
+        "latest",
+        "--requeue-on-signal",
+        "--logs",
+        str(scontrol),
+        "--train-data",
+        "none.tar",
+    )
+    with subprocess.Popen(
+        [sys.executable, str(MAIN), *flags],
+        env={**clean_environment(), "SLURM_JOB_ID": "4711"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as child:
+        deadline = time.monotonic() + 60
+        while not holds_back(child.pid, signal.SIGUSR1) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        child.send_signal(signal.SIGUSR1)
+        said = child.communicate(timeout=120)[0]
+    assert child.returncode == EXIT_INTERRUPTED, said
+    assert (scontrol / "asked").read_text() == "requeue 4711\n"
+
+
+def holds_back(process: int, number: signal.Signals) -> bool:
+    """Whether a process has blocked a signal."""
+    status = Path(f"/proc/{process}/status").read_text()
+    blocked = next(line.split()[1] for line in status.splitlines() if line.startswith("SigBlk"))
+    return bool(int(blocked, 16) >> (number - 1) & 1)

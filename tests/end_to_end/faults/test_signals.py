@@ -175,11 +175,19 @@ def test_hours_run_out_and_the_job_is_requeued(corpus: Corpus, whole: Callable[[
     same(finish("two ranks", words, logs), whole("two ranks"))
 
 
-@pytest.mark.parametrize(("number", "times"), [(signal.SIGUSR1, 1), (signal.SIGTERM, 0)])
-def test_only_a_warning_requeues(number: signal.Signals, times: int, corpus: Corpus, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "preempted", "times"),
+    [(signal.SIGUSR1, "None", 1), (signal.SIGTERM, "None", 0), (signal.SIGTERM, "2026-11-23T05:50:44", 1)],
+)
+def test_only_a_warning_or_preemption_requeues(
+    number: signal.Signals, preempted: str, times: int, corpus: Corpus, tmp_path: Path
+) -> None:
     logs, calls, marker = tmp_path / "logs", tmp_path / "calls", tmp_path / "place"
     words = kind_flags(corpus, "two ranks", logs, "--requeue-on-signal")
-    jobs = {"SLURM_JOB_ID": "17", "PATH": f"{fake_scontrol(tmp_path, calls, logs)}{os.pathsep}{os.environ['PATH']}"}
+    jobs = {
+        "SLURM_JOB_ID": "17",
+        "PATH": f"{fake_scontrol(tmp_path, calls, logs, preempted)}{os.pathsep}{os.environ['PATH']}",
+    }
     with Run(2, words, tmp_path, partial(disturbances.pause, FIRST_STEP[0], marker), **jobs) as run:
         assert run.until(marker, disturbances.HERE, 2), run.said_by_all()
         run.signal(number)
@@ -191,7 +199,31 @@ def test_only_a_warning_requeues(number: signal.Signals, times: int, corpus: Cor
     assert [call for call in asked if call.startswith("requeue")] == ["requeue 17, epoch_latest.pt is there"] * times
 
 
-def fake_scontrol(folder: Path, calls: Path, logs: Path) -> Path:
+@pytest.mark.parametrize("place", [MEETING, MID_EPOCH])
+def test_no_rank_leaves_before_the_job_is_requeued(place: tuple[str, int], corpus: Corpus, tmp_path: Path) -> None:
+    """A launcher kills rank 0 as soon as another one has ended."""
+    words = kind_flags(corpus, "two ranks", tmp_path / "logs", "--requeue-on-signal")
+    marker, requeuing = tmp_path / "place", tmp_path / "requeuing"
+    prepare = partial(
+        disturbances.together,
+        partial(disturbances.pause, place[0], marker, place[1]),
+        partial(disturbances.pause, "training.main:requeue_job", requeuing),
+    )
+    with Run(2, words, tmp_path, prepare) as run:
+        assert run.until(marker, disturbances.HERE, 2), run.said_by_all()
+        run.signal(signal.SIGUSR1)
+        if place == MID_EPOCH:
+            for rank in range(2):
+                assert run.until(run.file(rank), "ending after this step"), run.said_by_all()
+            let_go(marker)
+        assert run.until(requeuing, disturbances.HERE), run.said_by_all()
+        assert run.wait(2.0) == [None, None], run.said_by_all()
+        let_go(requeuing)
+        run.ranks[0].join(SOON)
+        assert run.ranks[0].exitcode == EXIT_INTERRUPTED, run.said_by_all()
+
+
+def fake_scontrol(folder: Path, calls: Path, logs: Path, preempted: str = "None") -> Path:
     """A folder with a scontrol that notes what it is asked, and whether the run has been saved."""
     place = folder / "bin"
     place.mkdir()
@@ -200,6 +232,7 @@ def fake_scontrol(folder: Path, calls: Path, logs: Path) -> Path:
         "#!/bin/sh\n"
         f"test -e '{logs}/run/checkpoints/epoch_latest.pt.json' && saved='epoch_latest.pt is there'\n"
         f"echo \"$*, $saved\" >> '{calls}'\n"
+        f"echo PreemptTime={preempted}\n"
     )
     program.chmod(0o755)
     return place
