@@ -17,6 +17,25 @@ from training.errors import UserError
 T = TypeVar("T")
 
 
+class Channel:
+    """Holds a process group until `release`.
+
+    Whoever keeps a World would otherwise keep the group. A group that is freed when the interpreter ends aborts the process:
+    its destructor gives up the interpreter's lock, and a thread that wants it back then is ended.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group: dist.ProcessGroup | None = group
+        _channels.append(self)
+
+    def release(self) -> None:
+        """Forget the group."""
+        self.group = None
+
+
+_channels: list[Channel] = []
+
+
 @dataclass(frozen=True)
 class World:
     """This process's place.
@@ -24,14 +43,19 @@ class World:
     Attributes:
         rank, size: this process's number among all processes; their number.
         device: where this rank computes.
-        control: a group of all ranks for messages between hosts (gloo). It never touches a GPU, and it is patient: ranks may
+        channel: a group of all ranks for messages between hosts (gloo). It never touches a GPU, and it is patient: ranks may
             wait in it for one that evaluates or writes. None: the default group is used.
     """
 
     rank: int
     size: int
     device: torch.device
-    control: dist.ProcessGroup | None = None
+    channel: Channel | None = None
+
+    @property
+    def control(self) -> dist.ProcessGroup | None:
+        """The channel's group."""
+        return None if self.channel is None else self.channel.group
 
     @property
     def is_main(self) -> bool:
@@ -121,7 +145,7 @@ def connect(device: str, backend: str | None, url: str, timeout_seconds: int, pa
     """
     rank, local_rank, size = environment()
     chosen = _device(device, local_rank)
-    control = None
+    channel = None
     if size > 1:
         if url == "env://" and "MASTER_ADDR" not in os.environ:
             raise UserError(
@@ -146,13 +170,13 @@ def connect(device: str, backend: str | None, url: str, timeout_seconds: int, pa
                 f"{size} ranks cannot meet at {place} ({reason[:200]}): check MASTER_ADDR and MASTER_PORT, "
                 "that the port is free and that all ranks were started"
             ) from error
-        control = _control_group(max(timeout_seconds, patience_seconds))
-    return World(rank, size, chosen, control)
+        channel = _open_channel(max(timeout_seconds, patience_seconds))
+    return World(rank, size, chosen, channel)
 
 
-def _control_group(timeout_seconds: int) -> dist.ProcessGroup:
+def _open_channel(timeout_seconds: int) -> Channel:
     try:
-        return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        return Channel(dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds)))
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(
@@ -161,9 +185,16 @@ def _control_group(timeout_seconds: int) -> dist.ProcessGroup:
         ) from error
 
 
+def release_channels() -> None:
+    """Forget the groups of all channels, at the latest before the interpreter ends."""
+    while _channels:
+        _channels.pop().release()
+
+
 def disconnect() -> None:
     """Leave the process group. Recorded CUDA graphs are forgotten: NCCL would wait for the last one that talks to it."""
     release_recordings()
+    release_channels()
     if dist.is_initialized():
         dist.destroy_process_group()
 

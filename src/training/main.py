@@ -80,8 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif asked == signal.SIGUSR1 or is_preempted():
             requeue_job()
 
-    with Signals(before_training) as signals:
-        return _run(args, signals, started)
+    try:
+        with Signals(before_training) as signals:
+            return _run(args, signals, started)
+    finally:
+        distributed.release_channels()
 
 
 def _run(args: Namespace, signals: Signals, started: float) -> int:

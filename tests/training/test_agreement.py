@@ -9,14 +9,14 @@ import torch.distributed as dist
 
 from ranks import run_on_ranks
 from training.agreement import Agreement
-from training.distributed import World
+from training.distributed import Channel, World
 
 CPU = torch.device("cpu")
 
 
 def exchanges() -> list[dict[str, int]]:
     """What a rank is told in three steps and at the end."""
-    world = World(dist.get_rank(), dist.get_world_size(), CPU, dist.new_group(backend="gloo"))
+    world = World(dist.get_rank(), dist.get_world_size(), CPU, Channel(dist.new_group(backend="gloo")))
     agreement = Agreement(world, ("a", "b"))
     told = [agreement.exchange({"a": world.rank + 1, "b": step}) for step in range(3)]
     # Other messages of the same group may lie in between.
@@ -37,7 +37,7 @@ def test_sums_come_one_step_late() -> None:
 
 def slow_rank() -> float:
     """Seconds that the quick rank 0 spends in its first exchange while rank 1 is late."""
-    world = World(dist.get_rank(), dist.get_world_size(), CPU, dist.new_group(backend="gloo"))
+    world = World(dist.get_rank(), dist.get_world_size(), CPU, Channel(dist.new_group(backend="gloo")))
     agreement = Agreement(world, ("a",))
     if world.rank == 1:
         time.sleep(1.0)
