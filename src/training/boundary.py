@@ -98,7 +98,7 @@ class Boundary:
             with interval.paused():
                 self._saver.within_epoch(steps_done, ending is None or self._save_is_due, last=ending is not None)
             self._saved()
-        return ending
+        return ending if ending is None or not ending.saves else self._if_saved(ending)
 
     def after_epoch(self) -> Ending | None:
         """The same after an epoch, whose checkpoint has been written; waits for all ranks."""
@@ -117,7 +117,18 @@ class Boundary:
         sums = self._settled(steps_done)
         if self._training.state.epoch >= self._args.stop_epochs:
             sums["hours"] = 0  # There is nothing left to go on with.
-        return self._ending(sums, self._training.loader.steps_per_epoch)
+        ending = self._ending(sums, self._training.loader.steps_per_epoch)
+        if ending is None or not ending.saves:
+            return ending
+        # Not every epoch has a checkpoint of its own.
+        self._saver.between_epochs()
+        return self._if_saved(ending)
+
+    def _if_saved(self, ending: Ending) -> Ending:
+        """The ending, or that its checkpoint could not be written: a job that was requeued would have lost its way."""
+        if not self._world.from_main(self._saver.failed):
+            return ending
+        return Ending(f"{ending.reason}, but its checkpoint could not be written", FAILED, saves=False)
 
     def _settled(self, steps_done: int) -> dict[str, int]:
         sums = self._agreement.settle(self._numbers(steps_done, wait=True))
@@ -139,6 +150,10 @@ class Boundary:
         """wait: for what the device has not told yet."""
         self._untold += self._training.guard.findings(wait)
         good, bad = self._training.loader.totals(steps_done)
+        if self._world.is_main:
+            good_before, bad_before = self._saver.totals_before()
+            good, bad = good + good_before, bad + bad_before
+        is_over = self._training.state.epoch >= self._args.stop_epochs
         received = self._signals.received
         now, main = self._clock(), self._world.is_main
         hours, minutes = self._args.max_hours, self._args.save_every_minutes
@@ -149,7 +164,8 @@ class Boundary:
             "hours": main and hours is not None and now - self._started >= 3600 * hours,
             "minutes": main and minutes is not None and now - self._saved_at >= 60 * minutes,
             "busy": self._saver.busy,
-            "save_failed": self._args.strict_save and self._saver.failed,
+            # The run's last checkpoint is what it was for.
+            "save_failed": self._saver.failed and (self._args.strict_save or is_over),
             "bad": bad,
             "looked_at": good + bad,
             "findings": len(self._untold),
@@ -158,7 +174,10 @@ class Boundary:
 
     def _ending(self, sums: dict[str, int], steps_done: int) -> Ending | None:
         if sums["save_failed"]:
-            return Ending("a checkpoint could not be written and --strict-save is given", FAILED, saves=False)
+            reason = "a checkpoint could not be written and --strict-save is given"
+            if self._training.state.epoch >= self._args.stop_epochs:
+                reason = "the run's last checkpoint could not be written"
+            return Ending(reason, FAILED, saves=False)
         stopped = self._stopped(sums)
         if stopped is not None:
             return stopped

@@ -58,6 +58,11 @@ class CheckpointWriter:
         """Whether a save is still being written in the background; save() would wait for it."""
         return self._pending is not None and not self._pending.done()
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether something went wrong in the background that nobody has been told yet."""
+        return self._failure is not None
+
     def save(self, names: Sequence[str], content: dict[str, Any], facts: dict[str, Any]) -> str | None:
         """Write one checkpoint under all names (further ones are links), then remove what is no longer wanted.
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from neuclip.normalizers import release_recordings
-from training.errors import UserError
+from training.errors import OtherRankError, UserError
 
 T = TypeVar("T")
 
@@ -82,7 +82,7 @@ class World:
 
         Raises:
             UserError: the first failing rank's message.
-            Exception: on the rank where it happened, whatever else `check` raised.
+            Exception: on the rank where it happened, whatever else `check` raised; OtherRankError on the others.
         """
         result, message, unexpected = None, None, None
         try:
@@ -93,9 +93,13 @@ class World:
             # A bug or a full memory, say: the others must be told all the same.
             message = f"{type(error).__name__}: {' '.join(str(error).split())}"
             unexpected = error
-        messages = self.gather(message)
+        told = self.gather((message, unexpected is not None))
         if unexpected is not None:
             raise unexpected
+        messages = [text for text, _ in told]
+        strange = [(rank, text) for rank, (text, is_strange) in enumerate(told) if is_strange]
+        if strange:
+            raise OtherRankError(f"{strange[0][1]} (on rank {strange[0][0]})")
         failed = [m for m in messages if m is not None]
         if failed:
             where = "" if len(failed) == self.size else f" (on rank {messages.index(failed[0])})"

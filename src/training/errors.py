@@ -4,7 +4,7 @@ import pickle
 
 from evaluation.errors import UserError
 
-__all__ = ["UNREADABLE", "OneRankError", "UserError", "reason_of"]
+__all__ = ["UNREADABLE", "OneRankError", "OtherRankError", "UserError", "reason_of"]
 
 # What torch.load raises at a file that is damaged, cut short or something else, with weights_only=True.
 UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError)
@@ -12,6 +12,10 @@ UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueErro
 
 class OneRankError(UserError):
     """A mistake that only this rank knows of, found where ranks no longer check things together."""
+
+
+class OtherRankError(Exception):
+    """Another rank met an error that is no user's mistake; it tells of it itself."""
 
 
 def reason_of(error: Exception) -> str:

@@ -103,7 +103,7 @@ class FiniteGuard:
         """Tell the optimizer to leave its next update out if the gradient is not finite; False if the host must leave it out.
 
         Args:
-            gradient_norm: 0-dim, where clipping has computed it already.
+            gradient_norm: 0-dim, that of all gradients, where clipping has computed it already.
         """
         assert self._loss is not None
         if self._has_scaler:
@@ -111,8 +111,9 @@ class FiniteGuard:
             return True
         if gradient_norm is None:
             parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+            gradients = [p.grad for p in parameters if p.grad is not None]
             # The largest absolute value: it cannot overflow by itself, as a sum of squares can.
-            gradient_norm = get_total_norm([p.grad for p in parameters if p.grad is not None], norm_type=math.inf)
+            gradient_norm = get_total_norm(gradients, norm_type=math.inf).to(self._loss.device)
         self._bad = 1.0 - gradient_norm.isfinite().to(torch.float32).reshape(())
         if self._is_fused:
             self._optimizer.found_inf = self._bad  # type: ignore[attr-defined]

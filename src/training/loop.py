@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -35,6 +33,7 @@ from training.interval import Interval
 from training.pixels import Pixels
 from training.precision import Precision
 from training.prefetch import Prefetcher, mover_for
+from training.random_state import seed_generators
 from training.reporting import Reporter, progress_bar, reduce_metrics
 from training.schedules import LearningRates
 
@@ -169,7 +168,9 @@ def training_step(training: Training, batch: Batch) -> Output:
         state.scaler.unscale_(state.optimizer)
         norm = nn.utils.clip_grad_norm_(state.towers.parameters(), training.args.grad_clip_norm)
     temperature = (-state.towers.model.logit_scale.detach()).exp()
-    if guard.may_update(norm):
+    # The objective's own parameters are not clipped.
+    is_whole = all(group["role"] != "objective" for group in state.optimizer.param_groups)
+    if guard.may_update(norm if is_whole else None):
         state.scaler.step(state.optimizer)
         state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
@@ -220,10 +221,7 @@ def _log(training: Training, epoch: int, index: int, output: Output, interval: I
 def _seed(seed: int, epoch: int, rank: int) -> None:
     # Dropout and patch dropout start every epoch from a state of their own, so that a resumed run draws what an
     # uninterrupted one does. Nothing here draws from the other two, but what a user adds may.
-    number = (seed * 1_000_003 + epoch) * 100_003 + rank
-    torch.manual_seed(number)
-    random.seed(number)
-    np.random.seed(number & 0xFFFFFFFF)  # noqa: NPY002
+    seed_generators((seed * 1_000_003 + epoch) * 100_003 + rank)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ if __name__ == "__main__":
     # meanwhile would have failed. It is kept until somebody heeds it (Signals).
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 
-import torch
+import numpy as np
 
 from neuclip.objectives import OBJECTIVES
 from training import distributed, garbage
@@ -31,16 +31,16 @@ from training.checkpoint import Continuation, check_whole, newest_checkpoint, re
 from training.checkpoint_writer import CheckpointWriter
 from training.data import NoUsableSamplesError, check_train_data
 from training.distributed import World
-from training.errors import OneRankError, UserError
+from training.errors import OneRankError, OtherRankError, UserError
 from training.evaluate import Evaluator
-from training.failures import FailureWatch, end_process
+from training.failures import END_SECONDS, FailureWatch, end_process
 from training.finite import NonFiniteLog
 from training.loop import Training, train_one_epoch
 from training.model import build_model, check_model, copy_model_configs
 from training.params import data_config, parse_args
 from training.plan import plan_lines
 from training.preemption import EXIT_INTERRUPTED, REQUEUE_SECONDS, Signals, is_preempted, requeue_job
-from training.random_state import set_rng_state
+from training.random_state import seed_generators, set_rng_state
 from training.remote_files import Remote
 from training.remote_sync import RemoteSync, fetch_newest
 from training.reporting import Reporter, log_to_file, start_logging
@@ -51,6 +51,9 @@ from training.saving import Saver
 # when the first one fails.
 _SECONDS_FOR_RANK_0 = 10.0
 MISTAKE = 2
+# How long the end of a run waits for its remote copy.
+SYNC_SECONDS = 600.0
+SYNC_SECONDS_OF_INTERRUPTED = 120.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,6 +102,11 @@ def _run(args: Namespace, signals: Signals, started: float) -> int:
             status = train(args, world, signals, failures, started)
         else:
             bench_data(args, world)
+    except OtherRankError as error:
+        # That rank tells why, and ends this process through its note.
+        time.sleep(END_SECONDS)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
     except (UserError, NoUsableSamplesError) as error:
         message = f"error: {error if isinstance(error, UserError) else _said_by_worker(error)}"
         is_everyones = isinstance(error, UserError) and not isinstance(error, OneRankError)
@@ -156,15 +164,17 @@ def train(args: Namespace, world: World, signals: Signals, failures: FailureWatc
     first_step, there = _resume(args, folder, training)
     world.check_together(lambda: _write_plan(args, world, folder, training))
     saver = Saver(folder, training, *world.check_together(lambda: _outlets(args, folder, world)))
-    if there is not None and there.step_in_epoch > 0:
-        saver.resume_report(there.data_report)
+    if there is not None:
+        saver.resume(there)
     boundary = Boundary(training, saver, signals, NonFiniteLog(folder.path / "nonfinite.jsonl"), started)
     signals.armed = True
     with garbage.thawed_at_the_end():
         ending = _epochs(training, evaluator, saver, boundary, folder, first_step)
-    saver.close()
+    # A warned process has few minutes left, and the job is not requeued before this.
+    saver.close(SYNC_SECONDS if ending is None else SYNC_SECONDS_OF_INTERRUPTED)
+    status = 0 if ending is None else _end(args, world, ending)
     reporter.close()
-    return 0 if ending is None else _end(args, world, ending)
+    return status
 
 
 def _epochs(
@@ -181,6 +191,8 @@ def _epochs(
     if state.epoch >= args.stop_epochs:
         logging.info("nothing to do: epoch %d of %d is done", state.epoch, args.stop_epochs)
     for epoch in range(state.epoch, args.stop_epochs):
+        if first_step == 0:
+            saver.start_epoch()
         ending = train_one_epoch(training, epoch, first_step, boundary)
         if ending is not None:
             return ending
@@ -257,7 +269,8 @@ def _restore_generators(args: Namespace, training: Training, there: Continuation
     if len(there.rng) == world.size:
         set_rng_state(there.rng[world.rank], world.device)
     else:
-        torch.manual_seed(((args.seed * 1_000_003 + state.epoch) * 1_000_003 + first_step) * 100_003 + world.rank)
+        parts = [args.seed, state.epoch, first_step, world.rank]
+        seed_generators(int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]))
 
 
 def _outlets(args: Namespace, folder: RunFolder, world: World) -> tuple[CheckpointWriter, RemoteSync | None]:

@@ -56,7 +56,13 @@ def build_optimizer(args: Namespace, groups: list[dict[str, Any]]) -> Optimizer:
         return timm.optim.Lamb(groups, lr=args.lr, betas=betas, eps=args.eps, max_grad_norm=None)
     if args.optimizer == "lion":
         return timm.optim.Lion(groups, lr=args.lr, betas=betas)
-    return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, nesterov=args.momentum > 0, fused=True)
+    sgd = torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, nesterov=args.momentum > 0, fused=True)
+    if args.momentum > 0:
+        # It would take memory as it comes in its first update and fill it there, unless that update is left out, because its
+        # gradient is not finite. From 0 the first update makes the same of it.
+        for parameter in (parameter for group in groups for parameter in group["params"]):
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
 def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:

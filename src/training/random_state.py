@@ -33,6 +33,13 @@ def rng_state(device: torch.device) -> dict[str, Any]:
     }
 
 
+def seed_generators(number: int) -> None:
+    """Seed all generators of the host, and those of all GPUs, from one number of 0 or more, however large."""
+    torch.manual_seed(number % 2**63)
+    random.seed(number)
+    np.random.seed(np.random.SeedSequence(number).generate_state(4))  # noqa: NPY002  (what others draw from)
+
+
 def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
     """Go on drawing where `rng_state` was called. A GPU's generator is left as it is where the state has none, and back.
 

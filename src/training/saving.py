@@ -27,7 +27,7 @@ class Saver:
         sync: where files are copied to, None for nowhere. Rank 0's.
 
     Attributes:
-        failed: whether a checkpoint could not be written, since the start.
+        saved_step: the step of the last checkpoint that was tried, or that the run went on from; alike on all ranks.
     """
 
     def __init__(
@@ -39,7 +39,8 @@ class Saver:
         self._world = training.world
         self._writer = writer
         self._sync = sync
-        self.failed = False
+        self.saved_step: int | None = None
+        self._failed = False
         # What an interrupted process counted in the present epoch, on rank 0.
         self._before = DataReport()
         # The report of the epoch that has just ended.
@@ -62,6 +63,12 @@ class Saver:
         if last:
             self._wait()
 
+    def between_epochs(self) -> None:
+        """Write epoch_latest.pt where an epoch is whole and the run has to end, unless that state has been saved."""
+        if self.saved_step != self._training.state.step:
+            self._save([LATEST], steps_done=0)
+            self._wait()
+
     def after_epoch(self, numbered: bool) -> None:
         """Write what is due after an epoch, `state.epoch` being counted up already.
 
@@ -82,11 +89,12 @@ class Saver:
         if is_last:
             self._wait()
 
-    def close(self) -> None:
-        """Until everything is written and copied."""
-        self._note(self._writer.close())
+    def close(self, seconds: float) -> None:
+        """Until everything is written, and copied as far as that is done within so many seconds."""
+        self._wait()
+        self._writer.close()
         if self._sync is not None:
-            self._sync.finish()
+            self._sync.finish(seconds)
 
     def report(self, steps_done: int) -> DataReport:
         """What became of the present epoch's samples in its first steps, over all ranks and interrupted processes."""
@@ -94,17 +102,32 @@ class Saver:
             return self._finished
         return self._report(steps_done)
 
-    def resume_report(self, state: dict) -> None:
-        """Go on counting from a checkpoint's "data_report"."""
-        self._before = DataReport.from_state(state)
+    @property
+    def failed(self) -> bool:
+        """Whether the last checkpoint could not be written, as far as is known on this rank."""
+        return self._failed or self._writer.has_failed
+
+    def resume(self, there: Continuation) -> None:
+        """The run goes on from a checkpoint, which has been loaded."""
+        self.saved_step = self._training.state.step
+        if there.step_in_epoch > 0:
+            self._before = DataReport.from_state(there.data_report)
+
+    def start_epoch(self) -> None:
+        """To be called before the first step of an epoch: what others counted was of the last one."""
+        self._before = DataReport()
+
+    def totals_before(self) -> tuple[int, int]:
+        """Samples that interrupted processes counted in the present epoch, over all ranks: good, left out."""
+        return self._before.good, self._before.left_out
 
     def finish_report(self) -> None:
-        """Write the epoch's entry of data_report.json and begin to count anew; `state.epoch` is counted up already.
+        """Write the epoch's entry of data_report.json; `state.epoch` is counted up already.
 
         To be called before the epoch's checkpoint is written: whoever goes on from that does not come back to this epoch.
         """
         report = self._report(self._training.loader.steps_per_epoch)
-        self._finished, self._before = report, DataReport()
+        self._finished = report
         if self._world.is_main:
             try:
                 report.write(self._folder.path / REPORT_FILE, self._training.state.epoch)
@@ -122,10 +145,11 @@ class Saver:
     def _save(self, names: list[str], steps_done: int) -> None:
         """steps_done: 0 when `state.epoch` epochs are whole."""
         args, training, state = self._args, self._training, self._training.state
+        self.saved_step = state.step
         try:
             tables = save_tables(state.objective, self._folder.checkpoints, state.step, self._world)
         except (OSError, UserError) as error:
-            self.failed = True
+            self._failed = True
             if self._world.is_main:
                 self._writer.report_failure(error)
             return
@@ -138,9 +162,14 @@ class Saver:
         content = state.to_checkpoint(args.name, args.model, tables, there)
         if self._world.is_main:
             self._note(self._writer.save(names, content, {"epoch": state.epoch, "step": state.step}))
+        if not args.save_in_background:
+            # In the patient channel the others wait as long as it takes, in the next step's collective they would not.
+            self._world.from_main(None)
 
     def _wait(self) -> None:
-        self._note(self._writer.wait())
+        """Until what is written in the background is there; what is not has been waited for."""
+        if self._args.save_in_background:
+            self._note(self._writer.wait())
 
     def _note(self, failure: str | None) -> None:
-        self.failed = self.failed or failure is not None
+        self._failed = failure is not None

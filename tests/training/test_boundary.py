@@ -15,7 +15,7 @@ from small_training import ALONE, CPU, make_args
 from training.boundary import FAILED, FEWEST_JUDGED, Boundary, Ending
 from training.data.report import DataReport
 from training.data.samples import Counts
-from training.distributed import World
+from training.distributed import Channel, World
 from training.finite import HOPELESS_STEPS, Finding
 from training.interval import Interval
 from training.preemption import EXIT_INTERRUPTED
@@ -30,12 +30,22 @@ class FakeSaver:
         self.saved: list[tuple[int, bool, bool]] = []
         self.busy = False
         self.failed = False
+        self.saved_between = 0
+        self.before = (0, 0)
 
     def within_epoch(self, steps_done: int, numbered: bool, last: bool = False) -> None:
         """A checkpoint."""
         self.saved.append((steps_done, numbered, last))
 
-    def report(self) -> DataReport:
+    def between_epochs(self) -> None:
+        """A checkpoint of a whole epoch, where there is none yet."""
+        self.saved_between += 1
+
+    def totals_before(self) -> tuple[int, int]:
+        """What interrupted processes counted."""
+        return self.before
+
+    def report(self, _steps_done: int) -> DataReport:
         """The data so far."""
         report = DataReport()
         report.add(Counts(1, {("broken picture", "a.tar"): 2}, "a.tar: x"))
@@ -62,7 +72,7 @@ class Rank:
             args=make_args("--objective", "openclip", "--epochs", "3", *flags),
             world=world,
             state=SimpleNamespace(step=0, epoch=0),
-            loader=SimpleNamespace(steps_per_epoch=STEPS, counts=lambda _: self.counts),
+            loader=SimpleNamespace(steps_per_epoch=STEPS, totals=lambda _: self._totals()),
             guard=self.guard,
         )
         self.boundary = Boundary(
@@ -73,6 +83,9 @@ class Rank:
             started=0.0,
             clock=lambda: self.now,
         )
+
+    def _totals(self) -> tuple[int, int]:
+        return self.counts.good, sum(self.counts.problems.values())
 
     def step(self) -> Ending | None:
         """Take one."""
@@ -208,6 +221,53 @@ def test_share_of_broken_data() -> None:
     assert rank.saver.saved == [(3, False, True)]
 
 
+def test_an_interruption_between_epochs_has_a_checkpoint() -> None:
+    """Also where --save-frequency has none for this epoch."""
+    rank = Rank()
+    rank.steps(STEPS)
+    rank.training.state.epoch = 1
+    assert rank.boundary.after_epoch() is None
+    assert rank.saver.saved_between == 0
+    rank.signals.received = signal.SIGUSR1
+    ending = rank.boundary.after_evaluation(STEPS)
+    assert ending is not None
+    assert ending.status == EXIT_INTERRUPTED
+    assert rank.saver.saved_between == 1
+
+
+def test_an_interruption_that_cannot_be_saved_is_a_failure() -> None:
+    """A job that is requeued would begin anew, or far back."""
+    rank = Rank()
+    rank.saver.failed = True
+    rank.signals.received = signal.SIGUSR1
+    for ending in (rank.step(), rank.boundary.after_epoch()):
+        assert ending is not None
+        assert (ending.status, ending.requeues) == (FAILED, False)
+        assert "could not be written" in ending.reason
+
+
+def test_a_run_without_its_last_checkpoint_has_failed() -> None:
+    rank = Rank()
+    rank.saver.failed = True
+    assert rank.steps(STEPS) == {}, "a full disk costs checkpoints, not the run"
+    rank.training.state.epoch = 2
+    assert rank.boundary.after_epoch() is None
+    rank.training.state.epoch = 3
+    ending = rank.boundary.after_epoch()
+    assert ending is not None
+    assert ending.status == FAILED
+
+
+def test_what_interrupted_processes_counted_is_judged_too() -> None:
+    rank = Rank("--max-bad-fraction", "0.1")
+    rank.counts = Counts(8, {("broken picture", "a.tar"): 2}, "")
+    rank.saver.before = (990, 0)
+    assert rank.steps(STEPS) == {}
+    assert rank.boundary.after_epoch() is None
+    rank.saver.before = (500, 490)
+    assert rank.boundary.after_epoch() is not None
+
+
 def test_few_samples_are_judged_when_the_epoch_is_through() -> None:
     rank = Rank("--max-bad-fraction", "0.1")
     rank.counts = Counts(8, {("broken picture", "a.tar"): 2}, "")
@@ -270,7 +330,7 @@ def test_hopeless_run_ends() -> None:
 
 def _two_ranks(flags: list[str], what: str) -> tuple[dict[int, Ending], list[tuple[int, bool, bool]], int]:
     """Something happens on rank 1 alone before the 3rd step, and on rank 0 alone before the 6th."""
-    world = World(dist.get_rank(), dist.get_world_size(), CPU, dist.new_group(backend="gloo"))
+    world = World(dist.get_rank(), dist.get_world_size(), CPU, Channel(dist.new_group(backend="gloo")))
     rank = Rank(*flags, world=world)
 
     def happen(step: int) -> None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from end_to_end.runs import LAUNCHER_VARIABLES
 from ranks import run_on_ranks
 from training.distributed import World, connect, disconnect, environment
-from training.errors import UserError
+from training.errors import OtherRankError, UserError
 from training.reporting import reduce_metrics
 
 CPU = torch.device("cpu")
@@ -161,7 +161,7 @@ def one_fails() -> tuple[str, str]:
     outcome = "none"
     try:
         world.check_together(check)
-    except (UserError, ZeroDivisionError) as error:
+    except (OtherRankError, ZeroDivisionError) as error:
         outcome = f"{type(error).__name__}: {error}"
     same = "none"
     try:
@@ -174,7 +174,8 @@ def one_fails() -> tuple[str, str]:
 def test_a_bug_on_one_rank_reaches_the_others() -> None:
     (first, same_first), (second, same_second) = run_on_ranks(one_fails, 2)
     assert second.startswith("ZeroDivisionError")
-    assert first.startswith("UserError: ZeroDivisionError")
+    # Not a user's mistake: the rank where it happened tells of it, with its traceback.
+    assert first.startswith("OtherRankError: ZeroDivisionError")
     assert "on rank 1" in first
     assert same_first == same_second
     assert "--train-data x: rank 0 has 0, rank 1 has 1" in same_first

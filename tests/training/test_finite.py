@@ -59,6 +59,37 @@ def test_update_is_left_out(optimizer: str, accum_freq: str, clipping: tuple[str
     assert [finding.what for finding in training.guard.findings(wait=True)] == ["features"]
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lamb", "lion"])
+def test_a_first_update_that_is_left_out_leaves_no_garbage(optimizer: str) -> None:
+    """Moments are made in the first update, and must be made even if that is not applied."""
+    batches = make_batches(2, 4)
+    args = make_args("--optimizer", optimizer, "--wd", "0")
+    spoilt, plain = make_training(args, batches), make_training(args, batches)
+    # Memory that is taken as it comes is not 0 then.
+    filler = [torch.full((100, 100), 1e30) for _ in range(50)]
+    del filler
+    training_step(spoilt, broken(batches[0]))
+    training_step(spoilt, batches[1])
+    training_step(plain, batches[1])
+    for name, value in plain.state.towers.state_dict().items():
+        torch.testing.assert_close(spoilt.state.towers.state_dict()[name], value, msg=name)
+
+
+def test_parameters_that_are_not_clipped_are_looked_at_too() -> None:
+    batches = make_batches(2, 4)
+    flags = ("--objective", "neuclip", "--npn_optimization", "simultaneous", "--npn_num_protos", "4")
+    training = make_training(make_args(*flags, "--grad-clip-norm", "1"), batches)
+    training_step(training, batches[0])
+    (parameter, *_) = training.state.optimizer.param_groups[-1]["params"]
+    assert training.state.optimizer.param_groups[-1]["role"] == "objective"
+    handle = parameter.register_hook(lambda gradient: gradient * math.nan)
+    before = parameter.detach().clone()
+    training_step(training, batches[1])
+    handle.remove()
+    assert torch.equal(parameter, before)
+    assert [finding.what for finding in training.guard.findings(wait=True)] == ["gradient"]
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_tells_its_normalizers_and_keys(name: str) -> None:
     batches = make_batches(2, 4)

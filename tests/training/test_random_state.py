@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.random_state import rng_state, set_rng_state
+from training.random_state import rng_state, seed_generators, set_rng_state
 
 CPU = torch.device("cpu")
 
@@ -63,3 +63,13 @@ def test_what_is_no_state_is_refused(missing: str) -> None:
     del state[missing]
     with pytest.raises(ValueError, match="generators"):
         set_rng_state(state, CPU)
+
+
+def test_any_number_seeds_all_generators() -> None:
+    drawn = []
+    for number in (1, 10**40, 10**40, 2**63):
+        seed_generators(number)
+        drawn.append((torch.rand(1).item(), random.random(), np.random.rand()))  # noqa: NPY002
+    assert drawn[1] == drawn[2]
+    for kind in zip(drawn[0], drawn[1], drawn[3]):
+        assert len(set(kind)) == 3

@@ -32,6 +32,8 @@ from training.data.workers import heed_parent_only
 
 T = TypeVar("T")
 PREFETCHED_BATCHES = 2
+# How many times as long the first batch of an epoch that goes on may take.
+RESUMED_PATIENCE = 16
 
 
 class Patience(NamedTuple):
@@ -123,7 +125,13 @@ class TrainLoader:
         deliveries: Iterator[Delivery] = iter(self._loader)
         if self._patience is not None:
             deliveries = patient(
-                deliveries, self._patience.seconds, self._patience.explain, self._workers, self.give_up
+                deliveries,
+                self._patience.seconds,
+                self._patience.explain,
+                self._workers,
+                self.give_up,
+                # Shards of unknown size are read through up to the place where the epoch goes on.
+                first=self._patience.seconds * (RESUMED_PATIENCE if course.step else 1),
             )
         deliveries = itertools.islice(deliveries, self.steps_per_epoch - course.step)
         return self._unpacked(deliveries, course, self._history)

@@ -35,10 +35,12 @@ def patient(
     explain: Callable[[], str],
     workers: int,
     give_up: Callable[[str], object] = end_process,
+    first: float | None = None,
 ) -> Iterator[T]:
     """The batches of a loader, until one does not come within `seconds`.
 
     Args:
+        first: seconds for the first batch, if that may take longer.
         batches: of a DataLoader; one with workers was made with timeout=seconds.
         seconds: --data-timeout.
         explain: says what the data hold; must come to an end by itself.
@@ -48,7 +50,10 @@ def patient(
     Raises:
         DataTimeoutError: while iterating with workers.
     """
-    return _translated(batches, seconds, explain) if workers else _watched(batches, seconds, explain, give_up)
+    first = seconds if first is None else first
+    if workers:
+        return _translated(batches, seconds, first, explain)
+    return _watched(batches, seconds, first, explain, give_up)
 
 
 def _message(seconds: float, explain: Callable[[], str]) -> str:
@@ -63,7 +68,9 @@ def _message(seconds: float, explain: Callable[[], str]) -> str:
     )
 
 
-def _translated(batches: Iterator[T], seconds: float, explain: Callable[[], str]) -> Iterator[T]:
+def _translated(batches: Iterator[T], seconds: float, first: float, explain: Callable[[], str]) -> Iterator[T]:
+    # The loader itself gives up after `seconds`, and may be asked again.
+    patience = first
     while True:
         try:
             batch = next(batches)
@@ -72,18 +79,23 @@ def _translated(batches: Iterator[T], seconds: float, explain: Callable[[], str]
         except RuntimeError as error:
             if _TIMED_OUT not in str(error):
                 raise
+            patience -= seconds
+            if patience > 0:
+                continue
             raise DataTimeoutError(_message(seconds, explain)) from None
+        patience = seconds
         yield batch
 
 
 def _watched(
-    batches: Iterator[T], seconds: float, explain: Callable[[], str], give_up: Callable[[str], object]
+    batches: Iterator[T], seconds: float, first: float, explain: Callable[[], str], give_up: Callable[[str], object]
 ) -> Iterator[T]:
-    watchdog = _Watchdog(seconds, lambda: give_up(_message(seconds, explain)))
+    watchdog = _Watchdog(first, lambda: give_up(_message(seconds, explain)))
     try:
         while True:
             with watchdog.watching():
                 batch = next(batches, watchdog)
+            watchdog.seconds = seconds
             if batch is watchdog:
                 return
             yield batch  # type: ignore[misc]
@@ -95,7 +107,7 @@ class _Watchdog:
     """A thread that calls a function when something takes too long."""
 
     def __init__(self, seconds: float, expired: Callable[[], None]) -> None:
-        self._seconds = seconds
+        self.seconds = seconds
         self._expired = expired
         self._changed = threading.Condition()
         self._watching = False
@@ -131,7 +143,7 @@ class _Watchdog:
                 number = self._number
                 changed = self._changed.wait_for(
                     lambda number=number: self._stopped or self._number != number,
-                    self._seconds if self._watching else None,
+                    self.seconds if self._watching else None,
                 )
                 if not changed:
                     break

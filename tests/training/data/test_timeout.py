@@ -36,6 +36,39 @@ def test_workers_that_are_silent() -> None:
     caught.value.__traceback__ = None
 
 
+class LateAtFirst(IterableDataset):
+    """A batch after a while, and another after as long."""
+
+    def __iter__(self) -> Iterator[int]:
+        for number in range(2):
+            time.sleep(2.5)
+            yield number
+
+
+def test_the_first_batch_may_take_longer() -> None:
+    """As where an epoch goes on and what is passed over has to be read."""
+    loader = iter(DataLoader(LateAtFirst(), batch_size=None, num_workers=1, timeout=1))
+    batches = patient(loader, 1, lambda: "why", 1, first=10)
+    assert int(next(batches)) == 0
+    with pytest.raises(DataTimeoutError) as caught:
+        next(batches)
+    caught.value.__traceback__ = None
+
+    gave_up = []
+
+    def slowly() -> Iterator[int]:
+        time.sleep(0.6)
+        yield 0
+        time.sleep(0.6)
+        yield 1
+
+    mine = patient(slowly(), 0.2, lambda: "why", 0, gave_up.append, first=10)
+    assert next(mine) == 0
+    assert gave_up == []
+    assert next(mine) == 1
+    assert len(gave_up) == 1
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches_and_other_errors_come_as_they_are(workers: int) -> None:
     def failing() -> Iterator[int]:
