@@ -236,9 +236,9 @@ def note_weights(folder: Path) -> None:
 
     close = Saver.close
 
-    def noted(self: Saver) -> None:
+    def noted(self: Saver, seconds: float) -> None:
         towers = self._training.state.towers
         torch.save(towers.state_dict(), folder / f"weights_{os.environ['RANK']}.pt")
-        close(self)
+        close(self, seconds)
 
     Saver.close = noted
