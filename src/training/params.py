@@ -291,7 +291,8 @@ def _interruptions(parser: ArgumentParser) -> None:
     group.add_argument(
         "--requeue-on-signal",
         action="store_true",
-        help="requeue the slurm job after SIGUSR1 (sbatch --signal=USR1@300) or --max-hours; needs --name, --resume latest",
+        help="requeue the slurm job after SIGUSR1 (sbatch --signal=USR1@300), --max-hours, or a SIGTERM by which slurm "
+        "preempts it; needs --name, --resume latest",
     )
     group.add_argument("--max-hours", type=float, help="end so many hours after the start as after a signal")
     group.add_argument(
