@@ -5,7 +5,7 @@ message is needed; a loss that is not finite makes its rank's gradient so. The f
 device and leave weights, moments and step counts as they were. The host learns of it one or two steps later, from a few
 numbers copied to it without waiting. Optimizers of other kinds (lamb, lion) wait for the decision in every step.
 
-With a gradient scaler (--precision fp16, amp on GPUs) gradients that overflow are the scaler's business, as ever: they are no
+With a gradient scaler (--precision amp on GPUs) gradients that overflow are the scaler's business, as ever: they are no
 finding here, only losses and features are.
 """
 
