@@ -198,7 +198,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         UserError: the file is absent or not a whole checkpoint.
     """
     if not path.is_file():
-        raise UserError(f"--resume {path}: there is no such file")
+        # Rank 0 has found it, or has fetched it from --remote-sync.
+        raise UserError(
+            f"--resume {path}: there is no such file on this node; --logs must be a folder that all nodes see"
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:

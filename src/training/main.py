@@ -322,13 +322,15 @@ def _check_inputs(args: Namespace, folder: RunFolder, world: World) -> None:
     objective_class = OBJECTIVES[args.objective]
     check_train_data(data_config(args, objective_class.needs_keys), world_size=world.size)
     if args.resume and args.resume != "latest" and not Path(args.resume).is_file():
-        raise UserError(f"--resume {args.resume}: there is no such file; give a checkpoint, or latest")
+        raise UserError(
+            f"--resume {args.resume}: there is no such file; give a checkpoint that all nodes see, or latest"
+        )
     if world.is_main:
         if args.remote_sync:
             Remote(args.remote_sync, folder.name).check(args.resume)
         folder.create()
         remove_leftovers(folder.checkpoints)
-        if args.resume == "latest" and args.remote_sync and newest_checkpoint(folder.checkpoints) is None:
+        if args.resume == "latest" and args.remote_sync:
             # Before anything is written here that the remote copy has too.
             fetch_newest(args.remote_sync, folder)
         log_to_file(folder.path / "out.log")

@@ -3,9 +3,11 @@
     URL/NAME/checkpoints/epoch_3.pt        a checkpoint
     URL/NAME/checkpoints/epoch_3.pt.json   its sidecar, sent after it: a file without one is not whole
     URL/NAME/checkpoints/tables-…/         its per-sample tables, sent before it
+    URL/NAME/checkpoints/epoch_3.pt.new    what is about to replace epoch_3.pt, with a sidecar too
     URL/NAME/metrics.jsonl, out.log, …     the small files of the run folder
 
-What is removed there is only what the run has removed here and has sent itself, and not before what replaces it has arrived.
+At whatever point the sending ends: where there was a whole checkpoint, there is one. What is removed there is only what the
+run has removed here and has sent itself, and not before what replaces it has arrived.
 """
 
 from __future__ import annotations
@@ -16,20 +18,21 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from training.atomic_files import digest, discard, is_record, put_in_place, read_sidecar, temporary_of
-from training.checkpoint import NAME, checkpoint_files
+from training.checkpoint import NAME, checkpoint_files, newest_checkpoint
 from training.errors import UNREADABLE, UserError, reason_of
 from training.remote_files import Remote, in_a_line
 from training.run_folder import RunFolder
 from training.table_files import missing_parts
 
 SMALL_FILES = ("out.log", "params*.txt", "*.jsonl", "data_report.json", "model_configs/*.json")
+INTERIM = ".new"
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 300.0
 
 
@@ -73,22 +76,16 @@ class Mirror:
             logging.warning("--remote-sync: %s is not sent: it cannot be read (%s)", path, reason_of(error))
             self._unreadable[place] = stamp
             return
-        if place not in self._sent and record is not None and self._is_there(place, record):
+        if place not in self._sent and record is not None and _sidecar_there(self.remote, place) == record:
             # Sent by an earlier start of this run, which sent the tables first.
             self._sent.update({self.place(part): _stamp(part) for part in parts})
             self._sent[place] = with_record
             return
         for part in parts:
             self._send_changed(part)
-        # While the file is being replaced there, its old sidecar must not stand beside it.
-        self.remote.remove(f"{place}.json")
-        self._send_content(path, place, with_record)
-        if _stamp(path) != stamp:
-            raise OSError("it was replaced while it was sent")
-        if record is not None:
-            self.remote.write(f"{place}.json", json.dumps(record).encode())
-        self._sent[place] = with_record
-        logging.info("sent %s to %s", path.name, self.remote.url)
+        if self._send_file(path, place, with_record, record):
+            self._sent[place] = with_record
+            logging.info("sent %s to %s", path.name, self.remote.url)
 
     def send_small(self, path: Path) -> None:
         """Send one of the small files, if it has changed.
@@ -101,8 +98,7 @@ class Mirror:
             there = self.remote.read(place)
             if there and not path.read_bytes().startswith(there):
                 # What is here is no continuation: somebody may still want what is there.
-                kept = f"{place}.before-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
-                self.remote.copy(place, kept)
+                self.remote.copy(place, f"{place}.{_before()}")
         self._send_changed(path)
 
     def remove(self, path: Path) -> None:
@@ -118,8 +114,7 @@ class Mirror:
         ours = [sent for sent in self._sent if sent == place or sent.startswith(f"{place}/")]
         if path.exists() or not ours:
             return
-        self.remote.remove(f"{place}.json")
-        self.remote.remove(place)
+        self._remove_whole(place)
         for sent in ours:
             del self._sent[sent]
 
@@ -127,26 +122,56 @@ class Mirror:
         """Where a file of the run folder stands, relative to that."""
         return path.relative_to(self.folder).as_posix()
 
-    def _is_there(self, place: str, record: dict[str, Any]) -> bool:
-        found = self.remote.read(f"{place}.json")
-        with contextlib.suppress(ValueError):
-            return found is not None and json.loads(found) == record
-        return False
+    def _send_file(self, path: Path, place: str, stamp: _Stamp, record: dict[str, Any] | None) -> bool:
+        """Send a checkpoint's file; what stands there, maybe the only whole one, is not given up before this one is whole.
 
-    def _send_content(self, path: Path, place: str, stamp: _Stamp) -> None:
-        """Send a file, or have it copied there from the same file under another name."""
-        others = (
-            other for other, sent in self._sent.items() if sent.sha256 is not None and sent.sha256 == stamp.sha256
-        )
-        same = next(others, None)
+        Returns:
+            Whether it has been sent: one that nothing is known of does not replace a whole one.
+        """
+        interim = f"{place}{INTERIM}"
+        same = self._same_as(place, stamp)
+        if same is None and record is not None and _sidecar_there(self.remote, interim) == record:
+            same = interim
+        if same is None and _sidecar_there(self.remote, place) is not None:
+            if record is None:
+                return False
+            self._send_whole(path, interim, stamp, record)
+            same = interim
+        self._send_whole(path, place, stamp, record, same)
+        # Also where an earlier start has left it.
+        self._remove_whole(interim)
+        return True
+
+    def _same_as(self, place: str, stamp: _Stamp) -> str | None:
+        """Where the same file stands whole under another name."""
+        others = (other for other, sent in self._sent.items() if other != place and sent.sha256 is not None)
+        return next((other for other in others if self._sent[other].sha256 == stamp.sha256), None)
+
+    def _send_whole(
+        self, path: Path, place: str, stamp: _Stamp, record: dict[str, Any] | None, same: str | None = None
+    ) -> None:
+        """Send a file, or have it copied there from the place where it stands already; then its sidecar."""
+        # While the file is being replaced there, its old sidecar must not stand beside it.
+        self.remote.remove(f"{place}.json")
         # Whatever stood here is gone now, and nothing else may be copied from it.
         if place in self._sent:
             self._sent[place] = _Stamp(0, 0)
-        if same is not None and same != place:
-            with contextlib.suppress(Exception):  # not every file system can
-                self.remote.copy(same, place)
-                return
-        self.remote.send(path, place)
+        if same is None or not self._copied(same, place):
+            self.remote.send(path, place)
+            if _stamp(path) != stamp._replace(sha256=None):
+                raise OSError("it was replaced while it was sent")
+        if record is not None:
+            self.remote.write(f"{place}.json", json.dumps(record).encode())
+
+    def _copied(self, place: str, other: str) -> bool:
+        with contextlib.suppress(Exception):  # not every file system can
+            self.remote.copy(place, other)
+            return True
+        return False
+
+    def _remove_whole(self, place: str) -> None:
+        self.remote.remove(f"{place}.json")
+        self.remote.remove(place)
 
     def _send_changed(self, path: Path) -> None:
         place, stamp = self.place(path), _stamp(path)
@@ -275,60 +300,138 @@ class RemoteSync:
 
 
 def fetch_newest(url: str, folder: RunFolder) -> Path | None:
-    """Bring the newest whole checkpoint of a run back, with its tables, and the small files that are not here.
+    """Bring the newest whole checkpoint of a run back, with its tables and the small files, where it is newer than those here.
+
+    Small files that are here stay, unless there is a checkpoint here too and the one there is newer: then they are of that
+    older part of the run, and are set aside under another name.
 
     Args:
         url: --remote-sync.
         folder: the run's folder, which exists.
 
     Returns:
-        The checkpoint in `folder.checkpoints`; None where there is none.
+        The checkpoint in `folder.checkpoints`; None where none was fetched.
 
     Raises:
-        UserError: the remote place cannot be read, or this one not written to.
+        UserError: the remote place cannot be read, or this one not written to; there are checkpoints, here or there, and none
+            is whole.
     """
+    here, damage = _newest_here(folder)
+    written = 0 if here is None else _written(here)
     remote = Remote(url, folder.name)
     try:
         places = remote.find()
-        for place in places:
-            path = folder.path / place
-            if any(Path(place).match(pattern) for pattern in SMALL_FILES) and not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                remote.fetch(place, temporary_of(path))
-                os.replace(temporary_of(path), path)
-        for name, record in _whole_ones(remote, places):
-            wrong = _fetch_checkpoint(remote, places, folder.checkpoints / name, record)
-            if wrong is None:
-                logging.info("fetched %s from %s", name, url)
-                return folder.checkpoints / name
-            logging.warning("passed over %s/checkpoints/%s: %s", remote.root, name, wrong)
+        newer = [(place, record) for place, record in _with_sidecar(remote, places) if _time_of(record) > written]
+        if newer or here is None:
+            _fetch_small(remote, places, folder, replace=here is not None)
+        fetched, wrong = _fetch_first_whole(remote, places, folder, newer)
     except Exception as error:
         # Each file system has errors of its own.
         raise UserError(f"--remote-sync {url}: {folder.name} cannot be fetched: {in_a_line(error)}") from None
+    if here is not None:
+        chosen = "there is none newer at" if fetched is None else f"older than {fetched.name}, fetched from"
+        logging.info("%s was written %s, %s %s", here, _in_words(written), chosen, url)
+    elif fetched is not None:
+        logging.info("fetched %s from %s: there was %s here", fetched.name, url, "no whole one" if damage else "none")
+    elif damage is not None:
+        raise damage
+    elif wrong is not None:
+        raise UserError(
+            f"--remote-sync {url}: no checkpoint in {remote.root}/checkpoints is whole ({wrong}); put back what is missing, "
+            f"copy one to {folder.checkpoints} by hand, or remove them to start anew"
+        )
+    return fetched
+
+
+def _newest_here(folder: RunFolder) -> tuple[Path | None, UserError | None]:
+    """The newest whole checkpoint of the folder, or the mistake that there are only others."""
+    try:
+        return newest_checkpoint(folder.checkpoints), None
+    except UserError as error:
+        return None, error
+
+
+def _fetch_first_whole(
+    remote: Remote, places: list[str], folder: RunFolder, candidates: list[tuple[str, dict[str, Any]]]
+) -> tuple[Path | None, str | None]:
+    """(the first of the candidates that arrives whole, what is wrong with one that is there if none is)."""
+    there = [place for place in places if _is_checkpoint(place)]
+    wrong = f"{there[0]} has no readable sidecar" if there else None
+    for place, record in candidates:
+        path = folder.checkpoints / Path(place).name.removesuffix(INTERIM)
+        wrong = _fetch_checkpoint(remote, places, place, path, record)
+        if wrong is None:
+            return path, None
+        logging.warning("passed over %s/%s: %s", remote.root, place, wrong)
+        wrong = f"{place}: {wrong}"
+    return None, wrong
+
+
+def _with_sidecar(remote: Remote, places: list[str]) -> list[tuple[str, dict[str, Any]]]:
+    """(place, what its sidecar says) of the checkpoints there that have one, the one written last first."""
+    found = []
+    for place in places:
+        if not _is_checkpoint(place.removesuffix(INTERIM)) or f"{place}.json" not in places:
+            continue
+        record = _sidecar_there(remote, place)
+        if record is not None:
+            # Of one file with two names, the numbered one.
+            found.append((_time_of(record), "latest" not in place, place, record))
+    return [(place, record) for _, _, place, record in sorted(found, key=lambda entry: entry[:3], reverse=True)]
+
+
+def _sidecar_there(remote: Remote, place: str) -> dict[str, Any] | None:
+    """What the sidecar of `place` says; None without one, and for one that cannot be understood."""
+    with contextlib.suppress(ValueError):
+        record = json.loads(remote.read(f"{place}.json") or b"")
+        if is_record(record):
+            return record
     return None
 
 
-def _whole_ones(remote: Remote, places: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, what its sidecar says) of the checkpoints there, the one written last first."""
-    found = []
+def _is_checkpoint(place: str) -> bool:
+    folder, _, name = place.rpartition("/")
+    return folder == "checkpoints" and NAME.fullmatch(name) is not None
+
+
+def _time_of(record: dict[str, Any]) -> int:
+    """When a checkpoint was written by its sidecar, in ns since 1970; any time at all is after 0."""
+    return record.get("written_ns", 1)
+
+
+def _written(path: Path) -> int:
+    """When a checkpoint here was written, in ns since 1970, and not before the time that `newest_checkpoint` goes by."""
+    return max(path.stat().st_mtime_ns, _time_of(read_sidecar(path) or {}))
+
+
+def _in_words(written_ns: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(written_ns / 1e9))
+
+
+def _fetch_small(remote: Remote, places: list[str], folder: RunFolder, replace: bool) -> None:
+    """Bring the small files; those that are here stay, or are set aside where the one there does not go on from them."""
     for place in places:
-        name = place.removeprefix("checkpoints/").removesuffix(".json")
-        if place != f"checkpoints/{name}.json" or not NAME.fullmatch(name) or f"checkpoints/{name}" not in places:
+        path = folder.path / place
+        if not any(Path(place).match(pattern) for pattern in SMALL_FILES) or (path.exists() and not replace):
             continue
-        with contextlib.suppress(ValueError):
-            record = json.loads(remote.read(place) or b"")
-            if is_record(record):
-                # Of one file with two names, the numbered one.
-                found.append((record.get("written_ns", 0), "latest" not in name, name, record))
-    for _, _, name, record in sorted(found, key=lambda entry: entry[:3], reverse=True):
-        yield name, record
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fetched = temporary_of(path)
+        remote.fetch(place, fetched)
+        if path.exists() and not fetched.read_bytes().startswith(path.read_bytes()):
+            os.replace(path, path.with_name(f"{path.name}.{_before()}"))
+        os.replace(fetched, path)
 
 
-def _fetch_checkpoint(remote: Remote, places: list[str], path: Path, record: dict[str, Any]) -> str | None:
+def _before() -> str:
+    """What is added to the name of a file that is set aside."""
+    return f"before-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
+
+
+def _fetch_checkpoint(remote: Remote, places: list[str], place: str, path: Path, record: dict[str, Any]) -> str | None:
     """Bring one checkpoint with its tables; it gets its name last. Returns what is wrong with it, if something is."""
     temporary = temporary_of(path)
     try:
-        remote.fetch(f"checkpoints/{path.name}", temporary)
+        remote.fetch(place, temporary)
         if temporary.stat().st_size != record["bytes"] or digest(temporary) != record["sha256"]:
             return "its checksum differs from that of what was written"
         try:
@@ -339,9 +442,9 @@ def _fetch_checkpoint(remote: Remote, places: list[str], path: Path, record: dic
         if tables is not None:
             folder = path.parent / tables
             folder.mkdir(exist_ok=True)
-            for place in places:
-                if place.startswith(f"checkpoints/{tables}/"):
-                    remote.fetch(place, folder / place.rpartition("/")[2])
+            for part in places:
+                if part.startswith(f"checkpoints/{tables}/"):
+                    remote.fetch(part, folder / part.rpartition("/")[2])
             wrong = missing_parts(folder, content.get("table_rows"))
             if wrong is not None:
                 return wrong

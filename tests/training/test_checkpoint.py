@@ -262,6 +262,11 @@ def test_unreadable_file_is_one_line(name: str, tmp_path: Path) -> None:
     assert "\n" not in str(refusal.value)
 
 
+def test_file_that_another_node_has_is_no_riddle(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file on this node; --logs must be a folder that all nodes see"):
+        read_checkpoint(tmp_path / "epoch_1.pt")
+
+
 def test_folder_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError):
         read_checkpoint(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -63,14 +64,48 @@ class Trouble(MemoryFileSystem):
         Trouble.log.append(f"rm {path.rpartition('/run/')[2]}")
 
 
+class Mortal(MemoryFileSystem):
+    """A file system whose client is cut off after `left` changes, in the middle of the next one."""
+
+    protocol = "mortal"
+    store: dict[str, Any] = {}  # noqa: RUF012
+    pseudo_dirs = [""]  # noqa: RUF012
+    left = 10**9
+
+    def _change(self, path: str, content: bytes) -> None:
+        Mortal.left -= 1
+        if Mortal.left == -1 and content:
+            super().pipe_file(path, content[: len(content) // 2])
+        if Mortal.left < 0:
+            raise ConnectionError("cut off")
+
+    def put_file(self, lpath: Any, rpath: Any, *args: Any, **named: Any) -> None:
+        self._change(rpath, Path(lpath).read_bytes())
+        super().put_file(lpath, rpath, *args, **named)
+
+    def pipe_file(self, path: str, value: bytes, *args: Any, **named: Any) -> None:
+        self._change(path, value)
+        super().pipe_file(path, value, *args, **named)
+
+    def cp_file(self, path1: str, path2: str, **named: Any) -> None:
+        self._change(path2, self.cat_file(path1))
+        super().cp_file(path1, path2, **named)
+
+    def rm(self, path: Any, *args: Any, **named: Any) -> None:
+        self._change(path, b"")
+        super().rm(path, *args, **named)
+
+
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     fsspec.register_implementation("trouble", Trouble, clobber=True)
+    fsspec.register_implementation("mortal", Mortal, clobber=True)
     monkeypatch.setattr(remote_sync, "FIRST_PAUSE_S", 0.01)
     Trouble.failing, Trouble.only, Trouble.cannot_copy = 0, "", False
+    Mortal.left = 10**9
     Trouble.log.clear()
     Trouble.hold.set()
-    for kind in (MemoryFileSystem, Trouble):
+    for kind in (MemoryFileSystem, Trouble, Mortal):
         kind.store.clear()
         kind.pseudo_dirs[:] = [""]
     yield
@@ -156,8 +191,12 @@ def test_the_sidecar_comes_last_and_the_tables_first(folder: RunFolder) -> None:
     Trouble.log.clear()
     _write(folder, "epoch_latest.pt", 2.0)
     mirror.send_checkpoint(path)
-    # The old sidecar never stands beside the new file.
-    assert Trouble.log == ["rm checkpoints/epoch_latest.pt.json", *sorted(_pair("epoch_latest.pt"))]
+    # The old sidecar never stands beside the new file, and the old file stays until the new one is whole.
+    assert Trouble.log == [
+        *sorted(_pair("epoch_latest.pt.new")),
+        *("rm checkpoints/epoch_latest.pt.json", "copy epoch_latest.pt.new", "checkpoints/epoch_latest.pt.json"),
+        *(f"rm {place}" for place in sorted(_pair("epoch_latest.pt.new"), reverse=True)),
+    ]
 
 
 def test_only_what_has_changed_is_sent_again(folder: RunFolder) -> None:
@@ -181,6 +220,58 @@ def test_only_what_has_changed_is_sent_again(folder: RunFolder) -> None:
     second.saved([path], [])
     assert second.finish(30)
     assert Trouble.log == [*sorted(_pair("epoch_2.pt")), "metrics.jsonl"]
+
+
+def _value(checkpoint: Path | None) -> float:
+    assert checkpoint is not None
+    return torch.load(checkpoint, weights_only=True)["w"][0].item()
+
+
+@pytest.mark.parametrize("first", range(10))
+def test_wherever_machines_die_a_whole_one_is_there(
+    first: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # the disk here stays
+    url = "mortal://bucket/runs"
+    for second in range(14):
+        Remote(url, "run").remove("")
+        folders = [RunFolder(str(tmp_path / f"{second} {machine}"), "run") for machine in range(3)]
+        values = [1.0]
+        for folder, left in zip(folders, (10**9, first, second), strict=True):
+            folder.create()
+            mirror = Mirror(Remote(url, "run"), folder.path)
+            if folder is not folders[0]:
+                values.append(_value(fetch_newest(url, folder)))
+                with contextlib.suppress(ConnectionError):
+                    Mortal.left = left
+                    mirror.send_checkpoint(folder.checkpoints / "epoch_latest.pt")
+            with contextlib.suppress(ConnectionError):
+                mirror.send_checkpoint(_write(folder, "epoch_latest.pt", len(values)))
+            Mortal.left = 10**9
+        last = RunFolder(str(tmp_path / f"{second} last"), "run")
+        last.create()
+        values.append(_value(fetch_newest(url, last)))
+        assert values == sorted(values), f"the second died after {first} changes, the third after {second}"
+        Mirror(Remote(url, "run"), last.path).send_checkpoint(_write(last, "epoch_latest.pt", 9.0))
+        assert _there(url) == _pair("epoch_latest.pt"), "nothing else is left behind"
+    assert values[-1] == 3.0, "the third has changed all that it had to"
+
+
+def test_one_without_a_sidecar_does_not_replace_a_whole_one(folder: RunFolder) -> None:
+    remote = Remote("memory://bucket/runs", "run")
+    mirror = Mirror(remote, folder.path)
+    path = _write(folder, "epoch_latest.pt", 1.0)
+    mirror.send_checkpoint(path)
+    before = remote.read("checkpoints/epoch_latest.pt")
+    _write(folder, "epoch_latest.pt", 2.0)
+    record = sidecar_of(path).read_bytes()
+    sidecar_of(path).unlink()
+    mirror.send_checkpoint(path)
+    assert remote.read("checkpoints/epoch_latest.pt") == before
+    sidecar_of(path).write_bytes(record)
+    mirror.send_checkpoint(path)
+    assert remote.read("checkpoints/epoch_latest.pt.json") == record
+    assert remote.read("checkpoints/epoch_latest.pt") == path.read_bytes()
 
 
 @pytest.mark.parametrize("cannot_copy", [False, True])
@@ -383,6 +474,93 @@ def test_what_is_not_whole_there_is_passed_over(
 def test_there_may_be_nothing_to_fetch(url: str, folder: RunFolder) -> None:
     assert fetch_newest(url, folder) is None
     assert (folder.path / "out.log").read_text() == "begins\n"
+
+
+@pytest.mark.parametrize("damage", ["no sidecar", "damaged"])
+def test_a_copy_without_a_whole_checkpoint_is_not_written_over(
+    damage: str, url: str, folder: RunFolder, tmp_path: Path
+) -> None:
+    _send(url, folder, "epoch_latest.pt")
+    remote = Remote(url, "run")
+    if damage == "no sidecar":
+        remote.remove("checkpoints/epoch_latest.pt.json")
+    else:
+        remote.write("checkpoints/epoch_latest.pt", b"damaged")
+    other = RunFolder(str(tmp_path / "other"), "run")
+    other.create()
+    with pytest.raises(
+        UserError, match=r"no checkpoint in .*/checkpoints is whole .*remove them to start anew"
+    ) as said:
+        fetch_newest(url, other)
+    assert f"--remote-sync {url}: " in str(said.value)
+    assert ("no readable sidecar" if damage == "no sidecar" else "its checksum differs") in str(said.value)
+    # Not needed where there is one here.
+    assert fetch_newest(url, folder) is None
+
+
+def _write_older(path: Path, value: float, written_ns: int) -> None:
+    record = write_atomically(path, {"w": torch.full((500,), value)}) | {"written_ns": written_ns}
+    sidecar_of(path).write_text(json.dumps(record))
+    os.utime(path, ns=(written_ns, written_ns))
+
+
+@pytest.mark.parametrize("name", ["epoch_latest.pt", "iter_1000.pt"])
+def test_a_newer_one_there_is_taken(
+    name: str, url: str, folder: RunFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder.path / "out.log").write_text("begins\ngoes on elsewhere\n")
+    folder.metrics.write_text('{"step": 5000}\n')
+    _send(url, folder, "epoch_latest.pt")
+    stale = RunFolder(str(tmp_path / "other"), "run")
+    stale.create()
+    _write_older(stale.checkpoints / name, 7.0, time.time_ns() - 3600 * 10**9)
+    (stale.path / "out.log").write_text("begins\n")
+    stale.metrics.write_text('{"step": 1001}\n')
+    with caplog.at_level(logging.INFO):
+        fetched = fetch_newest(url, stale)
+    assert fetched == stale.checkpoints / "epoch_latest.pt" == newest_checkpoint(stale.checkpoints)
+    assert _value(fetched) == 0.0
+    assert f"{name} was written 2" in caplog.text
+    assert f"older than epoch_latest.pt, fetched from {url}" in caplog.text
+    # The log of what has been fetched; lines that only this folder has are not lost.
+    assert (stale.path / "out.log").read_text() == "begins\ngoes on elsewhere\n"
+    assert stale.metrics.read_text() == '{"step": 5000}\n'
+    (aside,) = stale.path.glob("*.before-*")
+    assert aside.read_text() == '{"step": 1001}\n'
+    # From now on it is as new as the one there.
+    assert fetch_newest(url, stale) is None
+
+
+def test_an_older_one_there_is_not_taken(
+    url: str, folder: RunFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _send(url, folder, "epoch_1.pt")
+    other = RunFolder(str(tmp_path / "other"), "run")
+    other.create()
+    path = _write(other, "epoch_latest.pt", 7.0)
+    with caplog.at_level(logging.INFO):
+        assert fetch_newest(url, other) is None
+    assert f"there is none newer at {url}" in caplog.text
+    assert newest_checkpoint(other.checkpoints) == path
+    assert sorted(found.name for found in other.path.iterdir()) == ["checkpoints"]
+
+
+def test_a_damaged_folder_is_rescued_by_the_copy(url: str, folder: RunFolder) -> None:
+    _send(url, folder, "epoch_1.pt", "epoch_latest.pt")
+    for path in folder.checkpoints.glob("*.pt"):
+        path.write_bytes(path.read_bytes()[:-100])
+    assert fetch_newest(url, folder) == folder.checkpoints / "epoch_latest.pt"
+    assert newest_checkpoint(folder.checkpoints) == folder.checkpoints / "epoch_latest.pt"
+
+
+@pytest.mark.parametrize("there", ["nothing", "no whole one"])
+def test_a_damaged_folder_stays_a_mistake_without_a_whole_copy(there: str, url: str, folder: RunFolder) -> None:
+    if there == "no whole one":
+        _send(url, folder, "epoch_1.pt")
+        Remote(url, "run").remove("checkpoints/epoch_1.pt.json")
+    _write(folder, "epoch_1.pt").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=rf"no checkpoint in {folder.checkpoints} is whole"):
+        fetch_newest(url, folder)
 
 
 def test_files_that_are_here_are_not_fetched(folder: RunFolder, tmp_path: Path) -> None:

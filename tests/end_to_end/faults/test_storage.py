@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -101,16 +102,16 @@ def test_writing_that_fails_goes_on_and_is_strict_if_asked(corpus: Corpus, whole
     same(outcome(logs, EPOCHS), whole)
 
 
-def stopped_in_second_epoch(run_words: list[str], output: Path) -> None:
-    """A run that leaves iter_4.pt to iter_12.pt, epoch_1.pt and, at step 14 or so, epoch_latest.pt."""
-    hours = partial(disturbances.hours_over_at_step, 14)
+def stopped_at(step: int, run_words: list[str], output: Path) -> None:
+    """A run that ends after so many steps or so; after 14 it leaves iter_4.pt to iter_12.pt, epoch_1.pt, epoch_latest.pt."""
+    hours = partial(disturbances.hours_over_at_step, step)
     with Run(2, [*run_words, "--max-hours", "1"], output, hours) as run:
         assert run.wait(WAIT) == [EXIT_INTERRUPTED] * 2, run.said_by_all()
 
 
 def test_damaged_checkpoints_are_passed_over(corpus: Corpus, whole: Whole, tmp_path: Path) -> None:
     logs = tmp_path / "logs"
-    stopped_in_second_epoch(words(corpus, logs), tmp_path)
+    stopped_at(14, words(corpus, logs), tmp_path)
     folder = logs / "run" / "checkpoints"
     latest, epoch, newest = (folder / name for name in ("epoch_latest.pt", "epoch_1.pt", "iter_12.pt"))
     latest.write_bytes(latest.read_bytes()[:-1000])
@@ -128,17 +129,31 @@ def test_damaged_checkpoints_are_passed_over(corpus: Corpus, whole: Whole, tmp_p
     same(outcome(logs, EPOCHS), whole)
 
 
-def test_remote_copy_is_as_good_as_the_folder(corpus: Corpus, whole: Whole, tmp_path: Path) -> None:
-    logs = tmp_path / "logs"
+@pytest.mark.parametrize("left", ["nothing", "damaged", "older"])
+def test_remote_copy_is_as_good_as_the_folder(left: str, corpus: Corpus, whole: Whole, tmp_path: Path) -> None:
+    logs, older, checkpoints = tmp_path / "logs", tmp_path / "older", tmp_path / "logs" / "run" / "checkpoints"
     more = ("--remote-sync", f"file://{tmp_path}/elsewhere", "--save-in-background", "--keep-last", "1")
-    stopped_in_second_epoch(words(corpus, logs, *more), tmp_path)
-    shutil.rmtree(logs)
+    if left == "older":
+        stopped_at(6, words(corpus, logs, *more), tmp_path / "before")
+        shutil.copytree(logs, older)
+    stopped_at(8 if left == "older" else 14, words(corpus, logs, *more), tmp_path)
+    sent = {path.name for path in checkpoints.glob("*.pt")}
+    if left == "damaged":
+        for path in checkpoints.glob("*.pt"):
+            path.write_bytes(path.read_bytes()[:-1000])
+    else:
+        shutil.rmtree(logs)
+    if left == "older":
+        # As on a machine where the run was before it went on elsewhere.
+        shutil.copytree(older, logs)
     with Run(2, words(corpus, logs, *more), tmp_path / "resumed") as run:
         assert run.wait(WAIT) == [0, 0], run.said_by_all()
-        assert "fetched epoch_latest.pt from" in run.said(0)
+        assert re.search(
+            r"older than \w+\.pt, fetched" if left == "older" else r"fetched epoch_latest\.pt", run.said(0)
+        )
     same(outcome(logs, EPOCHS), whole)
-    here = {path.name for path in (logs / "run" / "checkpoints").glob("*.pt")}
-    there = {path.name for path in (tmp_path / "elsewhere" / "run" / "checkpoints").glob("*.pt")}
+    here = {path.name for path in checkpoints.glob("*.pt")}
+    there = {path.name for path in (tmp_path / "elsewhere" / "run" / "checkpoints").iterdir() if path.suffix != ".json"}
     assert here == {"iter_24.pt", "epoch_2.pt", "epoch_latest.pt"}
-    # What this start had sent and --keep-last removed is gone there too; what an earlier one had sent stays.
-    assert there == here | {"iter_12.pt", "epoch_1.pt"}
+    # What this start had sent or fetched and --keep-last removed is gone there too; what an earlier one had sent stays.
+    assert there == here | ({"iter_12.pt", "epoch_1.pt"} if left != "older" else there & sent)
