@@ -43,7 +43,6 @@ class Evaluator:
         args: the resolved command line.
         bundle: gives preprocessing and tokenizer.
         world, precision: this rank's place; the towers' number format.
-
         interrupted: says that the run has been asked to end; an evaluation is then broken off between two batches.
 
     Raises:
