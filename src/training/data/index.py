@@ -12,10 +12,11 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+from training.atomic_files import replacing
 from training.data.shards import READER_THREADS, expand_sources, local_path
 from training.data.sizes import SIZES_FILE, read_sizes_file
 from training.data.tar_headers import count_samples
@@ -65,17 +66,9 @@ def _write_sizes(folder: str, sizes: dict[str, int]) -> None:
     except UserError:
         before = {}  # This command is the remedy for a sizes.json that cannot be understood.
     kept = {name: samples for name, samples in before.items() if os.path.isfile(os.path.join(folder, name))}
-    # A reader never sees half a file: it is written under another name and renamed over the old one.
-    handle, temporary = tempfile.mkstemp(dir=folder or ".", prefix=f".{SIZES_FILE}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(dict(sorted((kept | sizes).items())), stream, indent=1)
-            stream.write("\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, os.path.join(folder, SIZES_FILE))
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    content = json.dumps(dict(sorted((kept | sizes).items())), indent=1) + "\n"
+    with replacing(Path(folder) / SIZES_FILE) as stream:  # a reader never sees half a file
+        stream.write(content.encode("utf-8"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
