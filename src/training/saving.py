@@ -43,8 +43,6 @@ class Saver:
         self._failed = False
         # What an interrupted process counted in the present epoch, on rank 0.
         self._before = DataReport()
-        # The report of the epoch that has just ended.
-        self._finished: DataReport | None = None
 
     @property
     def busy(self) -> bool:
@@ -98,9 +96,10 @@ class Saver:
 
     def report(self, steps_done: int) -> DataReport:
         """What became of the present epoch's samples in its first steps, over all ranks and interrupted processes."""
-        if steps_done == self._training.loader.steps_per_epoch and self._finished is not None:
-            return self._finished
-        return self._report(steps_done)
+        report = DataReport.from_state(self._before.state())
+        for counts in self._world.gather(tuple(self._training.loader.counts(steps_done))):
+            report.add(Counts(*counts))
+        return report
 
     @property
     def failed(self) -> bool:
@@ -126,8 +125,7 @@ class Saver:
 
         To be called before the epoch's checkpoint is written: whoever goes on from that does not come back to this epoch.
         """
-        report = self._report(self._training.loader.steps_per_epoch)
-        self._finished = report
+        report = self.report(self._training.loader.steps_per_epoch)
         if self._world.is_main:
             try:
                 report.write(self._folder.path / REPORT_FILE, self._training.state.epoch)
@@ -135,12 +133,6 @@ class Saver:
                 logging.error("%s cannot be written: %s", REPORT_FILE, error.strerror)
             if report.left_out:
                 logging.warning("epoch %d: %s", self._training.state.epoch, report.summary())
-
-    def _report(self, steps_done: int) -> DataReport:
-        report = DataReport.from_state(self._before.state())
-        for counts in self._world.gather(tuple(self._training.loader.counts(steps_done))):
-            report.add(Counts(*counts))
-        return report
 
     def _save(self, names: list[str], steps_done: int) -> None:
         """steps_done: 0 when `state.epoch` epochs are whole."""
@@ -153,12 +145,14 @@ class Saver:
             if self._world.is_main:
                 self._writer.report_failure(error)
             return
+        # On ranks that write no more than tables this is all there is to say.
+        self._failed = False
         generators = self._world.gather(rng_state(self._world.device))
         there = Continuation(steps_done, training.loader.steps_per_epoch, generators)
         if steps_done:
             places = self._world.gather(training.loader.place(steps_done))
             there.data = training.loader.state(torch.stack(places), steps_done)
-            there.data_report = self._report(steps_done).state()
+            there.data_report = self.report(steps_done).state()
         content = state.to_checkpoint(args.name, args.model, tables, there)
         if self._world.is_main:
             self._note(self._writer.save(names, content, {"epoch": state.epoch, "step": state.step}))
