@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from evaluation.ranks import environment
 from neuclip.normalizers import release_recordings
 from training.errors import OtherRankError, UserError
 
@@ -116,23 +117,6 @@ class World:
         for rank, other in enumerate(values):
             if other != values[0]:
                 raise UserError(f"{what}: rank 0 has {values[0]}, rank {rank} has {other}; all must see the same files")
-
-
-def environment() -> tuple[int, int, int]:
-    """(rank, local rank, world size) from the environment.
-
-    torchrun's variables come first, since torchrun itself may run under srun. The shell of a batch job has SLURM_PROCID and
-    SLURM_NTASKS too, without being a task of a step: a program started there without srun is alone.
-    """
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"])
-    in_step = "SLURM_JOB_ID" not in env or "SLURM_STEP_NUM_TASKS" in env or "SLURM_STEP_NUM_NODES" in env
-    if "SLURM_PROCID" in env and in_step:
-        # The tasks of this step, where slurm says it: SLURM_NTASKS is that of the job in an interactive shell.
-        tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", 1))
-        return int(env["SLURM_PROCID"]), int(env.get("SLURM_LOCALID", 0)), int(tasks)
-    return 0, 0, 1
 
 
 def connect(device: str, backend: str | None, url: str, timeout_seconds: int, patience_seconds: int = 0) -> World:

@@ -23,6 +23,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from neuclip.objectives import OBJECTIVES
+from evaluation.ranks import environment
 from training import distributed, garbage
 from training.assembly import assemble, objective_of_run, open_data
 from training.bench_data import bench_data
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         --resume latest; 1 when it ended itself for another reason (the log's last line).
     """
     started = time.monotonic()
-    rank = distributed.environment()[0]
+    rank = environment()[0]
     try:
         args = parse_args(argv)
     except UserError as error:
@@ -113,7 +114,7 @@ def _run(args: Namespace, signals: Signals, started: float) -> int:
         if failures is not None and world.size > 1 and not is_everyones:
             failures.end_all(message, MISTAKE)
         # Without a process group this rank may be the only one that knows; with one, all ranks have the same message.
-        rank = distributed.environment()[0]
+        rank = environment()[0]
         if rank == 0 or failures is None or not is_everyones:
             print(message if rank == 0 else f"[rank {rank}] {message}", file=sys.stderr, flush=True)
         return MISTAKE
