@@ -22,8 +22,8 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from neuclip.objectives import OBJECTIVES
 from evaluation.ranks import environment
+from neuclip.objectives import OBJECTIVES
 from training import distributed, garbage
 from training.assembly import assemble, objective_of_run, open_data
 from training.bench_data import bench_data
