@@ -1,8 +1,12 @@
 #!/usr/bin/env python3
-"""Evaluate a run: numbers with their chance levels, curves, and a gallery of searches, written into the run's folder.
+"""Evaluate a checkpoint of a run: on the tasks of DataComp, on held-out pairs, on a classification set.
 
+    python src/evaluation/main.py --train_output_dir logs/NAME --epoch 24 --data_dir data/datacomp
+    torchrun --nproc-per-node 8 -- src/evaluation/main.py --train_output_dir logs/NAME --epoch 24 --data_dir data/datacomp
     python src/evaluation/main.py --train_output_dir logs/NAME --pairs 'data/test/{00000..00001}.tar' \
         --zeroshot data/zeroshot --queries data/queries.json --compare logs/A logs/B
+
+Status 0: evaluated, perhaps without the sets that are not there; 1: a task failed; 2: a mistake in the flags or files.
 """
 
 from __future__ import annotations
@@ -15,57 +19,63 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING
 
-import torch
+from evaluation import precision
+from evaluation.datacomp.run import Request, Suite
+from evaluation.datacomp.selection import selected_tasks
+from evaluation.errors import UserError, message_of
+from evaluation.ranks import Place, SharedError, environment, joined
+from evaluation.run_folder import LoadedModel, RunFolder, Subject
+from evaluation.suite import Setting
 
-from evaluation.curves import plot_curves
-from evaluation.datasets import PairDataset, open_classification
-from evaluation.errors import UserError
-from evaluation.features import PairFeatures
-from evaluation.gallery import Query, draw_gallery, nearest_images
-from evaluation.report import Result, print_table, write_report
-from evaluation.run_folder import LoadedModel, RunFolder
-from evaluation.suite import Measured, Setting, encode_queries, measure_classification, measure_pairs
-
-MOST_QUERIES = 8
-
-
-class Evaluated(NamedTuple):
-    """A run's result, with what the gallery needs of it (None without pairs)."""
-
-    result: Result
-    loaded: LoadedModel
-    pairs: PairDataset | None
-    features: PairFeatures | None
+if TYPE_CHECKING:
+    from evaluation.held_out import HeldOut
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Flags → namespace. `-` and `_` inside a flag's name mean the same."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_output_dir", required=True, metavar="DIR", help="the run's folder, logs/NAME")
     parser.add_argument("--epoch", type=int, help="evaluate epoch_N.pt, of compared runs too (default: the newest)")
     parser.add_argument("--iter", type=int, help="evaluate iter_S.pt instead of an epoch")
-    parser.add_argument("--pairs", metavar="SHARDS", help="held-out pairs: webdataset shards; braces and :: expand")
-    parser.add_argument("--zeroshot", metavar="DIR", help="classification set: clip_benchmark shards or class folders")
+    parser.add_argument("--arch", metavar="MODEL", help="open_clip's name of the model (default: what params.txt says)")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 …")
+    parser.add_argument("--batch_size", type=int, default=256, help="samples encoded at a time by each rank")
+    parser.add_argument("--workers", type=int, default=2, help="loader processes of each rank")
     parser.add_argument(
+        "--precision", default="auto", choices=precision.NAMES, help="of the towers; auto: bf16 on GPUs that have it"
+    )
+    group = parser.add_argument_group("the tasks of DataComp")
+    group.add_argument("--data_dir", metavar="DIR", help="folder of the sets, as src/evaluation/download.py makes it")
+    group.add_argument("--tasks", metavar="LIST", help="keys, names or groups, with commas (default: all 40)")
+    group.add_argument("--redo", action="store_true", help="measure finished tasks again")
+    group = parser.add_argument_group("held-out pairs and a classification set")
+    group.add_argument("--pairs", metavar="SHARDS", help="held-out pairs: webdataset shards; braces and :: expand")
+    group.add_argument("--zeroshot", metavar="DIR", help="classification set: clip_benchmark shards or class folders")
+    group.add_argument(
         "--queries", metavar="JSON", help='list of strings or {"text", "concept"}, the first 8 go into the gallery'
     )
-    parser.add_argument("--query", nargs="+", default=[], metavar="TEXT", help="queries for the gallery, as text")
-    parser.add_argument("--compare", nargs="+", default=[], metavar="DIR", help="more runs, as columns and curves")
-    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 …")
-    parser.add_argument("--batch_size", type=int, default=256, help="samples encoded at a time")
-    parser.add_argument("--workers", type=int, default=2, help="loader processes")
+    group.add_argument("--query", nargs="+", default=[], metavar="TEXT", help="queries for the gallery, as text")
+    group.add_argument("--compare", nargs="+", default=[], metavar="DIR", help="more runs, as columns and curves")
     args = parser.parse_args([_underscored(argument) for argument in argv])
-    if not args.pairs and not args.zeroshot:
-        raise UserError("nothing to evaluate on: give --pairs SHARDS, --zeroshot DIR or both.")
+    _check(args)
+    return args
+
+
+def _check(args: argparse.Namespace) -> None:
+    held_out = bool(args.pairs or args.zeroshot)
+    if not held_out and not args.data_dir:
+        raise UserError("nothing to evaluate on: give --data_dir DIR, --pairs SHARDS or --zeroshot DIR.")
     if (args.queries or args.query) and not args.pairs:
         raise UserError("--queries and --query search the images of --pairs: give --pairs SHARDS too.")
+    if (args.tasks is not None or args.redo) and not args.data_dir:
+        raise UserError("--tasks and --redo are about the sets of --data_dir: give --data_dir DIR too.")
+    if args.compare and not held_out:
+        raise UserError("--compare goes with --pairs or --zeroshot; src/evaluation/compare.py tables DataComp results.")
     if args.batch_size < 1 or args.workers < 0:
         raise UserError(f"--batch_size {args.batch_size} --workers {args.workers}: at least 1 and at least 0, please.")
-    return args
 
 
 def _underscored(argument: str) -> str:
@@ -75,129 +85,85 @@ def _underscored(argument: str) -> str:
     return "--" + name[2:].replace("-", "_") + separator + value
 
 
-def chosen_device(name: str) -> torch.device:
-    """The device of a name, `auto` being a GPU if there is one.
+def _subjects(args: argparse.Namespace, place: Place) -> list[Subject]:
+    """The run and those to compare it with; a missing checkpoint is told before anything is computed."""
 
-    Raises:
-        UserError: for a device that torch does not know or this machine lacks.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name} cannot be used here ({reason}); try --device cpu.") from None
+    def find() -> list[Subject]:
+        runs = [RunFolder(args.train_output_dir, args.arch)]
+        for path in args.compare:
+            has_params = (Path(path) / "params.txt").is_file()
+            runs.append(RunFolder(path, None if has_params else args.arch))
+        different = {run.path.resolve(): run for run in reversed(runs)}
+        runs = [run for run in runs if different[run.path.resolve()] is run]
+        found = [(run, run.checkpoint(args.epoch, args.iter)) for run in runs]  # all, before the first is read
+        return [Subject.of(run, checkpoint) for run, checkpoint in found]
 
-
-def read_queries(path: str | None, texts: Sequence[str], pairs: PairDataset) -> list[Query]:
-    """At most eight queries: from the command line, else from a file, else captions spread over the held-out pairs.
-
-    Raises:
-        UserError: if the file is missing or is no list of strings or of objects with a "text" (or "query").
-    """
-    if texts:
-        return [Query(text) for text in texts][:MOST_QUERIES]
-    if path is None:
-        captions = list(dict.fromkeys(pairs.captions()))
-        return [Query(text) for text in captions[:: -(-len(captions) // MOST_QUERIES)]]
-    try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--queries {path} cannot be read ({error}); give a JSON list of queries.") from None
-    queries = []
-    for entry in entries if isinstance(entries, list) else [None]:
-        facts: dict[str, Any] = entry if isinstance(entry, dict) else {"text": entry if isinstance(entry, str) else ""}
-        text = facts.get("text") or facts.get("query")
-        if not text:
-            raise UserError(f'--queries {path} must be a JSON list of strings or of objects with "text" and "concept".')
-        queries.append(Query(str(text), str(facts.get("concept") or "")))
-    if not queries:
-        raise UserError(f"--queries {path} is an empty list; give at least one query.")
-    return queries[:MOST_QUERIES]
+    return place.from_main(find)
 
 
-def evaluate_run(run: RunFolder, args: argparse.Namespace, device: torch.device) -> Evaluated:
-    """Load one checkpoint of a run and measure it on the sets of the command line."""
-    checkpoint = run.checkpoint(args.epoch, args.iter)
-    loaded = run.load_model(args.epoch, args.iter, device)
-    setting = Setting(device=device, batch_size=args.batch_size, workers=args.workers)
-    measured, pairs, features = Measured(), None, None
-    if args.pairs:
-        pairs = PairDataset(args.pairs, loaded.preprocess_val, loaded.tokenizer)
-        print(f"{run.name}, {checkpoint.label}: {pairs.total:,} pairs …", flush=True)
-        part, features = measure_pairs(loaded.model, pairs, setting)
-        measured.update(part)
-    if args.zeroshot:
-        source = open_classification(args.zeroshot, loaded.preprocess_val)
-        print(f"{run.name}, {checkpoint.label}: {source.dataset.total:,} images to classify …", flush=True)
-        measured.update(measure_classification(loaded.model, loaded.tokenizer, source, setting))
-    result = Result(
-        run=run.name,
-        objective=run.objective,
-        model=str(run.params["model"]),
-        checkpoint={
-            "file": f"checkpoints/{checkpoint.path.name}",
-            "sha256": checkpoint.sha256(),
-            "epoch": checkpoint.epoch,
-            "iteration": checkpoint.iteration,
-        },
-        data={"pairs": args.pairs, "zeroshot": args.zeroshot},
-        metrics=measured.metrics,
-        chance=measured.chance,
-        counts=measured.counts,
+def _loaded(subject: Subject, place: Place) -> LoadedModel:
+    loaded = place.together(lambda: subject.run.load_checkpoint(subject.checkpoint, place.device))
+    place.from_main(subject.check_unchanged)
+    return loaded
+
+
+def _evaluate_held_out(
+    sets: HeldOut, subjects: list[Subject], loaded: LoadedModel, setting: Setting, place: Place
+) -> None:
+    from evaluation.held_out import evaluate_run, write_files
+
+    evaluated = evaluate_run(sets, subjects[0], loaded, setting, place)
+    others = []
+    for subject in subjects[1:]:
+        other = _loaded(subject, place)
+        others.append(evaluate_run(sets, subject, other, setting, place).result)
+    place.from_main(lambda: write_files(sets, subjects, evaluated, others))
+
+
+def evaluate(args: argparse.Namespace, place: Place) -> int:
+    """Do what the command line says, on this rank; returns the exit status."""
+    tasks = selected_tasks(args.tasks)
+    subjects = _subjects(args, place)
+    chosen = precision.chosen_precision(args.precision, place.device)
+    suite, plan, sets = None, None, None
+    if args.pairs or args.zeroshot:
+        from evaluation.held_out import opened
+
+        sets = place.together(lambda: opened(args.pairs, args.zeroshot, args.queries, args.query, chosen.name))
+    if args.data_dir:
+        any_precision = args.precision == "auto"
+        request = Request(subjects[0], tasks, Path(args.data_dir), chosen.name, any_precision, args.redo)
+        suite = Suite(request, place)
+        plan = suite.plan()
+    setting = Setting(
+        device=place.device,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        autocast_context=chosen.autocast_context,
+        rank=place.rank,
+        world_size=place.world_size,
+        together=place.together,
     )
-    return Evaluated(result, loaded, pairs, features)
-
-
-def write_gallery(path: Path, run: RunFolder, evaluated: Evaluated, queries: list[Query], label: str) -> None:
-    """Search the pairs' images for the queries with the evaluated model, and draw what is found."""
-    pairs, features = evaluated.pairs, evaluated.features
-    assert pairs is not None
-    assert features is not None
-    setting = Setting(device=features.image_features.device)
-    texts = [query.text for query in queries]
-    query_features = encode_queries(evaluated.loaded.model, evaluated.loaded.tokenizer, texts, setting)
-    hits = nearest_images(
-        queries, query_features, features.image_features, lambda i: (pairs.caption(i), pairs.concept(i))
-    )
-    subtitle = " · ".join(filter(None, (run.objective, label, str(run.params["model"]))))
-    draw_gallery(path, run.name, subtitle, queries, hits, pairs.image, pairs.total)
-
-
-def evaluate(args: argparse.Namespace) -> None:
-    """Do what the command line says: evaluate, write the files into the run's folder, print the table."""
-    run = RunFolder(args.train_output_dir)
-    others = [RunFolder(path) for path in args.compare]
-    others = [other for other in others if other.path.resolve() != run.path.resolve()]
-    for each in (run, *others):  # a missing checkpoint is reported before anything is computed
-        each.checkpoint(args.epoch, args.iter)
-    device = chosen_device(args.device)
-    queries = read_queries(args.queries, args.query, PairDataset(args.pairs)) if args.pairs else []
-    evaluated = evaluate_run(run, args, device)
-    results = [evaluated.result, *(evaluate_run(other, args, device).result for other in others)]
-    written = write_report(run.path, results)
-    plot_curves({each.name: each.path for each in (run, *others)}, run.path / "curves.png")
-    written.append(run.path / "curves.png")
-    if queries:
-        label = run.checkpoint(args.epoch, args.iter).label
-        write_gallery(run.path / "gallery.png", run, evaluated, queries, label)
-        written.append(run.path / "gallery.png")
-    print()
-    print_table(results)
-    print("wrote " + ", ".join(map(str, written)))
+    failed: dict[str, str] = {}
+    if sets is not None or (plan is not None and plan.to_do):
+        loaded = _loaded(subjects[0], place)
+        if sets is not None:
+            _evaluate_held_out(sets, subjects, loaded, setting, place)
+        if suite is not None and plan is not None:
+            failed = suite.measure(plan, loaded, setting)
+    return suite.finish(plan, failed) if suite is not None and plan is not None else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line tool; returns the exit status. A user's mistake is one line on stderr and status 2."""
     try:
-        evaluate(parse_args(sys.argv[1:] if argv is None else argv))
+        args = parse_args(sys.argv[1:] if argv is None else argv)
+        with joined(args.device) as place:
+            return evaluate(args, place)
     except UserError as error:
-        # From a loader process the message arrives under that process's traceback: the last line is ours.
-        message = str(error).strip().splitlines()[-1].removeprefix("evaluation.errors.UserError: ")
-        print(f"error: {message}", file=sys.stderr)
+        if not isinstance(error, SharedError) or environment()[0] == 0:
+            print(f"error: {message_of(error)}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

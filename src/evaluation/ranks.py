@@ -7,18 +7,25 @@ training, which has its own process group.
 from __future__ import annotations
 
 import os
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from evaluation.errors import UserError
+from evaluation.errors import UserError, message_of
 
 T = TypeVar("T")
+
+
+class SharedError(UserError):
+    """A user's mistake that every rank has been told of: rank 0 speaks for all."""
+
 
 # One rank may read a large set while the others wait for its features.
 PATIENCE = timedelta(hours=4)
@@ -59,13 +66,18 @@ class Place:
         """Whether this is rank 0, which writes files and speaks to the user."""
         return self.rank == 0
 
+    def say(self, text: str = "") -> None:
+        """Print a line, on rank 0 alone."""
+        if self.is_main:
+            print(text, flush=True)
+
     def together(self, work: Callable[[], T]) -> T:
         """Do something on every rank; if a user's mistake ends it on any, it ends on all, so that none waits for the others.
 
         Collectives inside `work` are not protected: it must not fail on one rank between two of them.
 
         Raises:
-            UserError: the message of the first rank that failed.
+            SharedError: with the message of the first rank that failed.
         """
         if self.world_size == 1:
             return work()
@@ -73,13 +85,27 @@ class Place:
         try:
             result = work()
         except UserError as error:
-            message = str(error)
-        messages: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(messages, message)
-        failed = [text for text in messages if text is not None]
+            message = message_of(error)
+        failed = [text for text in self.everyone(message) if text is not None]
         if failed:
-            raise UserError(failed[0])
+            raise SharedError(failed[0])
         return result  # type: ignore[return-value]
+
+    def everyone(self, value: T) -> list[T]:
+        """The values of all ranks, in their order; all ranks call this together."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, work: Callable[[], T]) -> T:
+        """Do something on rank 0 alone, and tell all ranks the result; a user's mistake ends it on all.
+
+        Raises:
+            SharedError: with rank 0's message.
+        """
+        result = self.together(lambda: work() if self.is_main else None)
+        return self.everyone(result)[0]  # type: ignore[return-value]
 
 
 @contextmanager
@@ -90,18 +116,39 @@ def joined(device: str = "auto") -> Iterator[Place]:
         device: `auto` (a GPU if there is one: on several ranks the one with this rank's local number), `cpu`, `cuda`,
             `cuda:1` …
 
+    With several ranks, whatever goes wrong on this one alone ends its process at once: the launcher (torchrun,
+    `srun --kill-on-bad-exit`) then ends the others, which would wait in a collective for hours.
+
     Raises:
         UserError: for a device that torch does not know or this machine lacks, or ranks that cannot find each other.
+        SharedError: passed on from the context.
     """
     rank, local_rank, world_size = environment()
     chosen = _device(device, local_rank, world_size)
-    if world_size > 1:
-        _join(rank, world_size, chosen)
+    if world_size == 1:
+        yield Place(rank, world_size, chosen)
+        return
+    _join(rank, world_size, chosen)
     try:
         yield Place(rank, world_size, chosen)
-    finally:
-        if world_size > 1:
-            dist.destroy_process_group()
+    except SharedError:
+        dist.destroy_process_group()
+        raise
+    except BaseException as error:
+        # Not sys.exit: leaving in good order would wait for the others, which may wait for this rank.
+        _end_now(error)
+    dist.destroy_process_group()
+
+
+def _end_now(error: BaseException) -> NoReturn:
+    mistake = isinstance(error, UserError)
+    if mistake:
+        print(f"error: {message_of(error)}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(2 if mistake else 1)
 
 
 def _join(rank: int, world_size: int, device: torch.device) -> None:

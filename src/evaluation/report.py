@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from evaluation.whole_files import write_whole
+
 # Metric name → its name in a table, in the order of the table.
 ROWS = {
     "retrieval/image_to_text_R@1": "image → text R@1",
@@ -31,7 +33,7 @@ class Result(NamedTuple):
     """The evaluation of one run's checkpoint.
 
     run, objective: names; checkpoint: `file`, `sha256`, `epoch` and `iteration` (None: not known); data: the sets used;
-    metrics, chance: name → value or None; counts: name → number of samples, captions, classes.
+    metrics, chance: name → value or None; counts: name → number of samples, captions, classes; precision: of the towers.
     """
 
     run: str
@@ -42,6 +44,7 @@ class Result(NamedTuple):
     metrics: dict[str, float | None]
     chance: dict[str, float | None]
     counts: dict[str, int]
+    precision: str = "fp32"
 
 
 class TableRow(NamedTuple):
@@ -167,6 +170,6 @@ def write_report(folder: Path, results: Sequence[Result]) -> list[Path]:
     json_path, markdown_path = folder / "evaluation.json", folder / "evaluation.md"
     # allow_nan=False: a number that is not finite must fail here, not in whoever reads the file.
     text = json.dumps(results[0]._asdict(), indent=1, ensure_ascii=False, allow_nan=False)
-    json_path.write_text(text + "\n", encoding="utf-8")
-    markdown_path.write_text(markdown(results), encoding="utf-8")
+    write_whole(json_path, text + "\n")
+    write_whole(markdown_path, markdown(results))
     return [json_path, markdown_path]

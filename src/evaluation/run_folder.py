@@ -67,23 +67,35 @@ class RunFolder:
 
     Args:
         path: the folder, with params.txt (lines `name: value`) and checkpoints/ (epoch_N.pt, iter_S.pt, epoch_latest.pt).
+        architecture: open_clip's name of the model, for the folder of a trainer that writes no params.txt.
 
     Attributes:
         path: the folder.
         params: the run's parameters; numbers, booleans, None, lists and tuples are parsed, everything else stays text.
 
     Raises:
-        UserError: if the folder or its params.txt is missing.
+        UserError: if the folder is missing, has no params.txt and no architecture is given, or names another one.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, architecture: str | None = None) -> None:
         self.path = Path(path)
         file = self.path / "params.txt"
         if not self.path.is_dir():
             raise UserError(f"run folder {self.path} does not exist; give the folder that training wrote, logs/NAME.")
-        if not file.is_file():
-            raise UserError(f"{file} is missing: {self.path} is not the folder of a run; give logs/NAME.")
-        self.params = parse_params(file.read_text(encoding="utf-8"))
+        if file.is_file():
+            self.params = parse_params(file.read_text(encoding="utf-8"))
+        elif architecture is not None:
+            self.params = {"model": architecture}
+        else:
+            raise UserError(f"{file} is missing: give logs/NAME, or --arch MODEL for another trainer's folder.")
+        trained = self.params.setdefault("model", architecture)
+        if architecture is not None and _spelled(trained) != _spelled(architecture):
+            raise UserError(f"--arch {architecture}: {file} says model: {trained}; leave --arch out.")
+
+    @property
+    def model_facts(self) -> dict[str, Any]:
+        """The architecture, and the parameters that change the model or its preprocessing where they are set."""
+        return {"model": self.params["model"], **self._model_options()}
 
     @property
     def name(self) -> str:
@@ -146,21 +158,22 @@ class RunFolder:
         Raises:
             UserError: for a missing checkpoint, an unknown architecture, or weights that do not fit it.
         """
-        checkpoint = self.checkpoint(epoch, iteration)
+        return self.load_checkpoint(self.checkpoint(epoch, iteration), device)
+
+    def load_checkpoint(self, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> LoadedModel:
+        """`load_model` for a checkpoint that `checkpoint` has found: the newest may be another one by now."""
         architecture = self.params.get("model")
         # open_clip keeps one registry by name, and the last entry wins: register again each time, as another run's
         # configuration of the same name may have come in between.
         for config in sorted((self.path / "model_configs").glob("*.json")):
             open_clip.add_model_config(config)
-        if not architecture or str(architecture).replace("/", "-") not in open_clip.list_models():
+        if not architecture or _spelled(architecture) not in open_clip.list_models():
             configs = self.path / "model_configs"
-            raise UserError(
-                f"params.txt says model: {architecture}, unknown to open_clip; put its JSON into {configs}."
-            )
-        options = {name: self.params[name] for name in MODEL_PARAMETERS if self.params.get(name) is not None}
+            where = "params.txt says model:" if (self.path / "params.txt").is_file() else "--arch"
+            raise UserError(f"{where} {architecture}, unknown to open_clip; put its JSON into {configs}.")
         try:
             model, _, preprocess_val = open_clip.create_model_and_transforms(
-                architecture, pretrained=str(checkpoint.path), device=device, **options
+                architecture, pretrained=str(checkpoint.path), device=device, **self._model_options()
             )
         except Exception as error:  # a damaged file makes torch raise nearly anything
             reason = _one_line(error)
@@ -168,6 +181,9 @@ class RunFolder:
         context_length = self.params.get("force_context_length")
         tokenizer = open_clip.get_tokenizer(architecture, context_length=context_length)
         return LoadedModel(model.eval(), preprocess_val, tokenizer)
+
+    def _model_options(self) -> dict[str, Any]:
+        return {name: self.params[name] for name in MODEL_PARAMETERS if self.params.get(name) is not None}
 
     def _newest(self, available: list[Checkpoint]) -> Checkpoint:
         epochs = [checkpoint for checkpoint in available if checkpoint.epoch is not None]
@@ -187,6 +203,36 @@ class RunFolder:
         if (self.path / "checkpoints" / "epoch_latest.pt").is_file():
             names.append("epoch_latest.pt")
         return ", ".join(names) or "nothing"
+
+
+class Subject(NamedTuple):
+    """A run, the checkpoint of it to evaluate, the SHA-256 of its file in hexadecimal, and when it was written (ns)."""
+
+    run: RunFolder
+    checkpoint: Checkpoint
+    sha256: str
+    written_ns: int
+
+    @classmethod
+    def of(cls, run: RunFolder, checkpoint: Checkpoint) -> Subject:
+        """Read the file for its digest."""
+        written_ns = checkpoint.path.stat().st_mtime_ns
+        return cls(run, checkpoint, checkpoint.sha256(), written_ns)
+
+    def check_unchanged(self) -> None:
+        """Call it after loading the model.
+
+        Raises:
+            UserError: the file has been replaced since its digest was taken, as epoch_latest.pt is while a run goes on.
+        """
+        path = self.checkpoint.path
+        if not path.is_file() or path.stat().st_mtime_ns != self.written_ns:
+            raise UserError(f"{path} was replaced while it was read: the run goes on; give --epoch N, or start again.")
+
+
+def _spelled(architecture: object) -> str:
+    """open_clip takes ViT-B/32 and ViT-B-32 for the same."""
+    return str(architecture).replace("/", "-")
 
 
 def _stored_epoch(path: Path) -> int | None:

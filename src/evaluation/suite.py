@@ -22,12 +22,18 @@ from evaluation.features import (
     DualEncoder,
     PairFeatures,
     encode_images,
-    encode_pairs,
+    encode_share,
     evaluating,
+    gather_pairs,
     normalized,
 )
 
 Metrics = dict[str, float | None]
+
+
+def at_once(work: Callable[[], Any]) -> Any:
+    """What `Place.together` does on one rank."""
+    return work()
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Setting:
         autocast_context: called for every forward.
         image_dtype: what the image tower takes: another one for a model whose weights are not float32.
         rank, world_size: this process among the ranks of the default process group.
+        together: does something that may fail on this rank alone so that all ranks learn of it (`Place.together`).
     """
 
     device: torch.device | str = "cpu"
@@ -50,6 +57,7 @@ class Setting:
     image_dtype: torch.dtype = torch.float32
     rank: int = 0
     world_size: int = 1
+    together: Callable[[Callable[[], Any]], Any] = at_once
 
     def loader(self, dataset: Share) -> DataLoader[dict[str, Any]]:
         """A loader of this rank's share, in order, without dropping the last batch.
@@ -98,14 +106,16 @@ def measure_pairs(model: DualEncoder, pairs: PairDataset, setting: Setting) -> t
     Returns:
         The measurement, the same on every rank, and the features of all pairs in global order.
     """
-    features = encode_pairs(
-        model,
-        setting.loader(pairs),
-        setting.device,
-        setting.autocast_context,
-        image_dtype=setting.image_dtype,
-        world_size=setting.world_size,
+    share = setting.together(
+        lambda: encode_share(
+            model,
+            setting.loader(pairs),
+            setting.device,
+            setting.autocast_context,
+            image_dtype=setting.image_dtype,
+        )
     )
+    features = gather_pairs(share, setting.world_size)
     ids = pairs.caption_ids()
     score = partial(retrieval.retrieval_metrics, *features, rank=setting.rank, world_size=setting.world_size)
     measured = Measured(counts={"pairs": pairs.total, "distinct_captions": int(ids.max()) + 1})
@@ -145,8 +155,8 @@ def measure_classification(
             encode_text, tokenizer, source.class_names, source.templates, setting.device, setting.batch_size
         )
     loader = setting.loader(source.dataset)
-    features, labels = encode_images(
-        model, loader, setting.device, setting.autocast_context, image_dtype=setting.image_dtype
+    features, labels = setting.together(
+        lambda: encode_images(model, loader, setting.device, setting.autocast_context, image_dtype=setting.image_dtype)
     )
     metrics = zero_shot.zero_shot_metrics(features, labels, head, world_size=setting.world_size)
     measured = Measured(counts={"zeroshot_images": source.dataset.total, "zeroshot_classes": len(source.class_names)})
