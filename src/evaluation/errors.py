@@ -7,3 +7,11 @@ class UserError(ValueError):
     The message is one line that names the flag or the file, its value and the remedy, so that the command line tool can
     print it without a traceback.
     """
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error; of one that comes from a loader process, without that process's traceback before it."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return lines[-1].removeprefix("evaluation.errors.UserError: ") if lines[0].startswith("Caught ") else lines[0]

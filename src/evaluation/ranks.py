@@ -60,22 +60,28 @@ class Place:
         return self.rank == 0
 
     def together(self, work: Callable[[], T]) -> T:
-        """Do something on every rank; if a user's mistake ends it on any, it ends on all, so that none waits for the others.
+        """Do something on every rank; if an error ends it on any, it ends on all, so that none waits for the others.
 
         Collectives inside `work` are not protected: it must not fail on one rank between two of them.
 
         Raises:
             UserError: the message of the first rank that failed.
+            Exception: on a rank of its own, an error that is no user's mistake.
         """
         if self.world_size == 1:
             return work()
         result, message = None, None
+        failure: Exception | None = None
         try:
             result = work()
         except UserError as error:
             message = str(error)
+        except Exception as error:
+            failure, message = error, f"rank {self.rank} failed: {type(error).__name__}: {error}"
         messages: list[str | None] = [None] * self.world_size
         dist.all_gather_object(messages, message)
+        if failure is not None:
+            raise failure
         failed = [text for text in messages if text is not None]
         if failed:
             raise UserError(failed[0])
