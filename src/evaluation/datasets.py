@@ -176,14 +176,23 @@ def expand_shards(pattern: str) -> list[str]:
     return shards
 
 
-def decode_image(data: bytes, name: str) -> Image.Image:
-    """Decode one image to RGB.
+def decode_image(data: bytes, name: str, mode: str | None = "RGB") -> Image.Image:
+    """Decode one image.
+
+    Args:
+        data: the file's content.
+        name: what messages call it.
+        mode: the mode of the result; None for that of the file, which a transform that converts after resizing expects.
 
     Raises:
         UserError: if the bytes are no image, with `name` in the message.
     """
     try:
-        return Image.open(io.BytesIO(data), formats=IMAGE_FORMATS).convert("RGB")
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        if mode is not None:
+            return image.convert(mode)
+        image.load()
+        return image
     except Exception as error:
         # Decoders raise whatever their format suggests (SyntaxError, struct.error, …), for damage alone.
         raise UserError(f"{name}: the image cannot be decoded ({error}); remove or rebuild the sample.") from None
@@ -335,11 +344,19 @@ class ShardClassification(Share):
         return {"image": image, "label": self._label(i), "index": i}
 
     def _label(self, i: int) -> int:
-        text = self.index.read(self.index.members[i]["cls"]).decode("utf-8", "replace").strip()
-        if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) >= self.number_of_classes:
-            limit = self.number_of_classes - 1
-            raise UserError(f"{self.index.name(i)}: cls is {text!r}; it must be a number in 0 … {limit}.")
-        return int(text)
+        return class_number(self.index.read(self.index.members[i]["cls"]), self.number_of_classes, self.index.name(i))
+
+
+def class_number(content: bytes, number_of_classes: int, name: str) -> int:
+    """The class in a `cls` member, which is decimal text.
+
+    Raises:
+        UserError: if it is no number in 0 … number_of_classes−1, with `name` in the message.
+    """
+    text = content.decode("utf-8", "replace").strip()
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) >= number_of_classes:
+        raise UserError(f"{name}: cls is {text[:40]!r}; it must be a number in 0 … {number_of_classes - 1}.")
+    return int(text)
 
 
 class FolderClassification(Share):
@@ -408,12 +425,8 @@ def open_classification(
     if not root.is_dir():
         raise UserError(f"--zeroshot {root} is not a folder; give the folder of a classification set.")
     if (root / "test" / "nshards.txt").is_file():
-        names, templates = _lines(root / "classnames.txt"), _lines(root / "zeroshot_classification_templates.txt")
-        text = (root / "test" / "nshards.txt").read_text().strip()
-        if not re.fullmatch(r"[0-9]{1,9}", text) or not 1 <= int(text) <= MOST_SHARDS:
-            raise UserError(f"{root}/test/nshards.txt says {text!r}; it must hold the number of shards.")
-        shards = [root / "test" / f"{number}.tar" for number in range(int(text))]
-        dataset = ShardClassification(shards, len(names), transform, rank=rank, world_size=world_size)
+        names, templates = read_prompts(root)
+        dataset = ShardClassification(numbered_shards(root), len(names), transform, rank=rank, world_size=world_size)
         return ClassificationSource(names, templates, dataset)
     folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
     if len(folders) == 1 and folders[0].name.startswith("ImageNetV2"):
@@ -429,6 +442,27 @@ def open_classification(
     return ClassificationSource(
         names, templates, FolderClassification(folders, transform, rank=rank, world_size=world_size)
     )
+
+
+def read_prompts(root: Path) -> tuple[list[str], list[Template]]:
+    """Class names and templates of a set in clip_benchmark's layout: the lines of its two text files.
+
+    Raises:
+        UserError: if one of them is missing, empty, not UTF-8 or has an empty line between others.
+    """
+    return _lines(root / "classnames.txt"), _lines(root / "zeroshot_classification_templates.txt")
+
+
+def numbered_shards(root: Path) -> list[Path]:
+    """The paths root/test/0.tar … that root/test/nshards.txt promises, there or not.
+
+    Raises:
+        UserError: if that file does not hold the number of shards.
+    """
+    text = (root / "test" / "nshards.txt").read_text(encoding="utf-8", errors="replace").strip()
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not 1 <= int(text) <= MOST_SHARDS:
+        raise UserError(f"{root}/test/nshards.txt says {text[:40]!r}; it must hold the number of shards.")
+    return [root / "test" / f"{number}.tar" for number in range(int(text))]
 
 
 def _folder_names(root: Path, folders: list[Path]) -> tuple[list[str], list[Template]]:
@@ -450,7 +484,13 @@ def _folder_names(root: Path, folders: list[Path]) -> tuple[list[str], list[Temp
 def _lines(path: Path) -> list[Any]:
     if not path.is_file():
         raise UserError(f"{path} is missing; a classification set needs it, one entry per line.")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not lines:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").rstrip().splitlines()]
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8; fetch or write it again.") from None
+    if not any(lines):
         raise UserError(f"{path} is empty; it needs one entry per line.")
+    if not all(lines):
+        # Left out, every later class would get the label of its neighbour.
+        raise UserError(f"{path}: line {lines.index('') + 1} is empty; it needs one entry per line.")
     return lines

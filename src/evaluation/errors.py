@@ -9,7 +9,9 @@ class UserError(ValueError):
     """
 
 
-def message_of(error: BaseException) -> str:
-    """The one line of a UserError; from a loader process it arrives under that process's traceback, as the last line."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].removeprefix("evaluation.errors.UserError: ")
+def one_line(error: BaseException) -> str:
+    """The message of an error; of one that comes from a loader process, without that process's traceback before it."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return lines[-1].removeprefix("evaluation.errors.UserError: ") if lines[0].startswith("Caught ") else lines[0]

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from evaluation import precision
 from evaluation.datacomp.run import Request, Suite
 from evaluation.datacomp.selection import selected_tasks
-from evaluation.errors import UserError, message_of
+from evaluation.errors import UserError, one_line
 from evaluation.ranks import Place, SharedError, environment, joined
 from evaluation.run_folder import LoadedModel, RunFolder, Subject
 from evaluation.suite import Setting
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return evaluate(args, place)
     except UserError as error:
         if not isinstance(error, SharedError) or environment()[0] == 0:
-            print(f"error: {message_of(error)}", file=sys.stderr)
+            print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
 
 

@@ -18,7 +18,7 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from evaluation.errors import UserError, message_of
+from evaluation.errors import UserError, one_line
 
 T = TypeVar("T")
 
@@ -48,6 +48,14 @@ def environment() -> tuple[int, int, int]:
     return 0, 0, 1
 
 
+_TOLD = "All ranks have been told."
+
+
+def known_to_all(error: Exception) -> bool:
+    """Whether every rank has learnt of this error from `Place.together`, so that all can go on with something else."""
+    return isinstance(error, SharedError) or _TOLD in getattr(error, "__notes__", ())
+
+
 @dataclass(frozen=True)
 class Place:
     """This process among the ranks.
@@ -72,21 +80,28 @@ class Place:
             print(text, flush=True)
 
     def together(self, work: Callable[[], T]) -> T:
-        """Do something on every rank; if a user's mistake ends it on any, it ends on all, so that none waits for the others.
+        """Do something on every rank; if an error ends it on any, it ends on all, so that none waits for the others.
 
         Collectives inside `work` are not protected: it must not fail on one rank between two of them.
 
         Raises:
             SharedError: with the message of the first rank that failed.
+            Exception: on a rank of its own, an error that is no user's mistake; `known_to_all` tells it from others.
         """
         if self.world_size == 1:
             return work()
         result, message = None, None
+        failure: Exception | None = None
         try:
             result = work()
         except UserError as error:
-            message = message_of(error)
+            message = one_line(error)
+        except Exception as error:
+            failure, message = error, f"rank {self.rank} failed: {type(error).__name__}: {one_line(error)}"
         failed = [text for text in self.everyone(message) if text is not None]
+        if failure is not None:
+            failure.add_note(_TOLD)
+            raise failure
         if failed:
             raise SharedError(failed[0])
         return result  # type: ignore[return-value]
@@ -143,7 +158,7 @@ def joined(device: str = "auto") -> Iterator[Place]:
 def _end_now(error: BaseException) -> NoReturn:
     mistake = isinstance(error, UserError)
     if mistake:
-        print(f"error: {message_of(error)}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
     else:
         traceback.print_exception(error)
     sys.stdout.flush()

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evaluation.collectives import all_reduce_sum, gather_rows
+from evaluation.errors import UserError
 from evaluation.features import encode_images, encode_pairs
+from evaluation.ranks import Place, known_to_all
 from evaluation.retrieval import retrieval_metrics
 from evaluation.zero_shot import zero_shot_metrics
 from ranks import run_on_ranks
@@ -74,6 +76,43 @@ def label_error() -> str:
     except ValueError as error:
         return str(error)
     return "no error"
+
+
+def mistakes() -> dict[str, Any]:
+    """Work that fails on one rank only, and what rank 0 found out."""
+    rank, world_size = place()
+    here = Place(rank, world_size, torch.device("cpu"))
+
+    def fail(failing: int) -> None:
+        if rank == failing:
+            raise UserError(f"a mistake of {failing}")
+
+    def crash() -> None:
+        if rank == 1:
+            raise KeyError("a crash of 1")
+
+    found: dict[str, Any] = {"from_main": here.from_main(lambda: rank + 7), "everyone": here.everyone(rank)}
+    for name, work in (("together", lambda: here.together(lambda: fail(1))), ("main", lambda: here.from_main(crash))):
+        try:
+            found[name] = work()
+        except UserError as error:
+            found[name] = type(error).__name__, str(error)
+    try:
+        here.together(crash)
+    except (KeyError, UserError) as error:
+        found["crash"] = type(error).__name__, known_to_all(error)
+    return found
+
+
+def test_all_ranks_learn_of_a_mistake_and_of_a_crash() -> None:
+    results = run_on_ranks(mistakes, 2)
+    for found in results:
+        assert found["from_main"] == 7
+        assert found["everyone"] == [0, 1]
+        assert found["together"] == ("SharedError", "a mistake of 1")
+        assert found["main"] is None  # rank 0 alone did the work
+    assert [found["crash"] for found in results] == [("SharedError", True), ("KeyError", True)]
+    assert not known_to_all(UserError("of this rank alone"))
 
 
 def make_payload(number: int) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from evaluation.datacomp.errors import MissingData
 from evaluation.datacomp.measure import TaskModel, find_data, measure_task
 from evaluation.datacomp.results import Identity, ResultsFile, results_path, summary_path
 from evaluation.datacomp.tasks import Task
-from evaluation.errors import UserError, message_of
-from evaluation.ranks import Place
+from evaluation.errors import UserError, one_line
+from evaluation.ranks import Place, known_to_all
 from evaluation.run_folder import LoadedModel, Subject
 from evaluation.suite import Setting
 
@@ -50,11 +50,13 @@ class Request:
 
 
 class Plan(NamedTuple):
-    """to_do: tasks to measure; finished: keys with a result; missing: key → what was looked for; told: sentences."""
+    """to_do: tasks to measure; finished: keys with a result; missing: key → what was looked for; unusable: key → what is wrong
+    with the set; told: sentences."""
 
     to_do: list[Task]
     finished: list[str]
     missing: dict[str, str]
+    unusable: dict[str, str]
     told: list[str]
 
 
@@ -79,15 +81,16 @@ class Suite:
             SharedError: the data folder does not exist, a file cannot be read or written, or nothing can be evaluated at all.
         """
         request, place = self.request, self.place
-        looked = place.together(self._look_for_data)
         missing: dict[str, str] = {}
-        for found in place.everyone(looked):  # a node may lack what another one has
-            missing = {**found, **missing}
-        told, finished = place.from_main(self._open_results)
-        done = [] if request.redo else [task.key for task in request.tasks if task.key in finished]
-        to_do = [task for task in request.tasks if task.key not in missing and task.key not in done]
-        missing = {key: message for key, message in missing.items() if key not in done}
-        plan = Plan(to_do, done, missing, told)
+        unusable: dict[str, str] = {}
+        for here in place.everyone(place.together(self._look_for_data)):  # a node may lack what another one has
+            missing, unusable = {**here[0], **missing}, {**here[1], **unusable}
+        told, results = place.from_main(self._open_results)
+        finished = [] if request.redo else [task.key for task in request.tasks if task.key in results]
+        missing = {key: text for key, text in missing.items() if key not in finished}
+        unusable = {key: text for key, text in unusable.items() if key not in (*finished, *missing)}
+        to_do = [task for task in request.tasks if task.key not in (*finished, *missing, *unusable)]
+        plan = Plan(to_do, finished, missing, unusable, told)
         place.together(lambda: self._check(plan))
         self._announce(plan)
         return plan
@@ -100,20 +103,21 @@ class Suite:
 
         Raises:
             SharedError: a result cannot be written.
-            Exception: with several ranks, whatever is no UserError: the others may not have seen it.
+            Exception: with several ranks, one that the others may not have seen.
         """
         model = TaskModel(loaded.model, loaded.preprocess_val, loaded.tokenizer, setting)
         progress = Progress(plan.to_do, self.place)
         failed = {}
         for task in plan.to_do:
             progress.begins(task)
-            problem = self._measure_one(task, model, loaded.model, progress)
+            problem = self._measure_one(task, model, progress)
             if problem is not None:
                 failed[task.key] = problem
         return failed
 
     def finish(self, plan: Plan, failed: Mapping[str, str]) -> int:
         """Write and print the aggregates, and what is not there; returns the exit status."""
+        failed = {**plan.unusable, **failed}
         self.place.from_main(self._write_summary)
         for key, message in plan.missing.items():
             self.place.say(f"missing: {key}: {message}")
@@ -121,19 +125,21 @@ class Suite:
             self.place.say(f"FAILED: {key}: {message}")
         return 1 if failed else 0
 
-    def _look_for_data(self) -> dict[str, str]:
+    def _look_for_data(self) -> tuple[dict[str, str], dict[str, str]]:
         if not self.request.data_dir.is_dir():
             raise UserError(
                 f"--data_dir {self.request.data_dir} does not exist; "
                 f"python src/evaluation/download.py {self.request.data_dir} fetches the sets."
             )
-        missing = {}
+        missing, unusable = {}, {}
         for task in self.request.tasks:
             try:
                 find_data(task, self.request.data_dir)
             except MissingData as error:
-                missing[task.key] = message_of(error)
-        return missing
+                missing[task.key] = one_line(error)
+            except UserError as error:
+                unusable[task.key] = one_line(error)
+        return missing, unusable
 
     def _open_results(self) -> tuple[list[str], list[str]]:
         with _naming_file(self.file.path):
@@ -142,9 +148,9 @@ class Suite:
 
     def _check(self, plan: Plan) -> None:
         if not plan.to_do and not plan.finished:
-            first = next(iter(plan.missing.values()))
+            sets = {**plan.unusable, **plan.missing}
             raise UserError(
-                f"--data_dir {self.request.data_dir}: none of the {len(plan.missing)} sets is there ({first}); "
+                f"--data_dir {self.request.data_dir}: none of {len(sets)} sets can be used ({next(iter(sets.values()))}); "
                 f"python src/evaluation/download.py {self.request.data_dir} fetches them."
             )
 
@@ -154,28 +160,30 @@ class Suite:
             say(f"note: {sentence}")
         for key, message in plan.missing.items():
             say(f"missing: {key}: {message}")
-        parts = [f"{len(plan.to_do)} tasks to do", f"{len(plan.finished)} finished before"]
+        for key, message in plan.unusable.items():
+            say(f"FAILED: {key}: {message}")
+        parts = [f"tasks: {len(plan.to_do)} to do", f"{len(plan.finished)} finished before"]
         if plan.missing:
             parts.append(f"{len(plan.missing)} without data")
+        if plan.unusable:
+            parts.append(f"{len(plan.unusable)} with data that cannot be used")
         say(f"{self.run.name}, {self.checkpoint.label} (sha256 {self.sha256[:12]}…): {', '.join(parts)}")
 
-    def _measure_one(self, task: Task, model: TaskModel, encoder: Any, progress: Progress) -> str | None:
+    def _measure_one(self, task: Task, model: TaskModel, progress: Progress) -> str | None:
         try:
-            with counted_images(encoder) as count:
-                metrics = measure_task(task, self.request.data_dir, model)
+            metrics = measure_task(task, self.request.data_dir, model)
         except UserError as error:
             # measure_task fails on all ranks together.
-            problem = message_of(error)
+            problem = one_line(error)
         except Exception as error:
-            if self.place.world_size > 1:
+            if self.place.world_size > 1 and not known_to_all(error):
                 raise
             traceback.print_exc()
-            problem = f"{type(error).__name__}: {message_of(error)}"
+            problem = f"{type(error).__name__}: {one_line(error)}"
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # after a lack of memory, a smaller task may still fit
         else:
-            counts = self.place.everyone(count())
-            images = None if None in counts else sum(filter(None, counts))
+            images = model.samples.get(task.key)
             line = self._line(task, metrics, images, progress.seconds)
             self.place.from_main(lambda: self._record(line))
             progress.finished(task, line["metrics"].get("main_metric"), images)
@@ -264,25 +272,6 @@ class Progress:
         # By the published sizes of the sets: the tasks differ by a factor of 150.
         minutes = (self.clock() - self.began) * self.left / self.done / 60
         return f"  {tasks} left, about {minutes:.0f} min" if minutes >= 1 else f"  {tasks} left, less than 1 min"
-
-
-@contextmanager
-def counted_images(model: Any) -> Iterator[Callable[[], int | None]]:
-    """Counts the images that the model's image tower (`visual`) sees; None for a model without one that can be watched."""
-    tower, number = getattr(model, "visual", None), 0
-
-    def add(_: Any, inputs: tuple[Any, ...], __: Any) -> None:
-        nonlocal number
-        number += len(inputs[0]) if inputs else 0
-
-    if not isinstance(tower, torch.nn.Module):
-        yield lambda: None
-        return
-    handle = tower.register_forward_hook(add)
-    try:
-        yield lambda: number
-    finally:
-        handle.remove()
 
 
 @contextmanager

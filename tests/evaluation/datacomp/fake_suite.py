@@ -60,7 +60,7 @@ class FakeModel:
     """What stands for measure.TaskModel."""
 
     def __init__(self, *_: Any) -> None:
-        pass
+        self.samples = dict.fromkeys(TASKS, 12)
 
 
 def install(patch: pytest.MonkeyPatch) -> None:

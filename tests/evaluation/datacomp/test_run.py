@@ -85,13 +85,11 @@ def test_finished_tasks_are_kept_and_the_rest_is_made_up_for(
     assert [line["key"] for line in lines_of(folder)] == list(THREE)
     out = capsys.readouterr().out
     assert "line 3, is not whole" in out
-    assert "1 tasks to do, 2 finished before, 37 without data" in out
+    assert "tasks: 1 to do, 2 finished before, 37 without data" in out
     assert "mean of the 2 of 38 tasks at hand: " in out
     # Nothing left to do: the model is not even loaded.
-    (folder / "model_configs" / "tiny-for-tests.json").write_text("{")
+    monkeypatch.setattr("evaluation.run_folder.RunFolder.load_checkpoint", lambda *_: pytest.fail("loaded"))
     assert evaluate(folder, data) == 0
-    monkeypatch.setattr(fake_suite, "score", lambda task: 0.5)
-    assert evaluate(make_run("other"), data) == 0
 
 
 def test_redo_replaces_lines(make_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +176,7 @@ def test_mistakes_are_known_before_the_model_is_loaded(
     monkeypatch.setattr("evaluation.run_folder.RunFolder.load_checkpoint", lambda *_: pytest.fail("loaded"))
     for flags, message in (
         (["--data_dir", str(tmp_path / "none")], "none does not exist"),
-        (["--data_dir", str(tmp_path / "logs")], "none of the 40 sets is there"),
+        (["--data_dir", str(tmp_path / "logs")], "none of 40 sets can be used"),
         (["--data_dir", str(data), "--tasks", "imagnet"], "--tasks imagnet: no task or group"),
         (["--data_dir", str(data), "--epoch", "7"], "has no epoch_7.pt; there is: epoch_1.pt, epoch_2.pt."),
         (["--tasks", "mnist", "--pairs", "x.tar"], "give --data_dir DIR too"),
@@ -247,7 +245,7 @@ def test_killed_and_started_again(make_run: Make, tmp_path: Path) -> None:
     assert 3 <= kept < 13
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    assert f"{13 - kept} tasks to do, {kept} finished before" in done.stdout
+    assert f"tasks: {13 - kept} to do, {kept} finished before" in done.stdout
     assert path.read_text().startswith(before)
     assert sorted(line["key"] for line in lines_of(folder)) == sorted(GROUPS["VTAB"])
     assert "VTAB                       " in done.stdout
@@ -260,7 +258,7 @@ def torchrun(flags: list[str], **orders: Any) -> subprocess.CompletedProcess[str
 
 
 def test_two_ranks(make_run: Make, pair_shards: str, classification_shards: Path, tmp_path: Path) -> None:
-    """One line per task; the same held-out numbers as one process; a mistake is told once; a crash ends both."""
+    """One line per task; the same held-out numbers as one process; a crash of one ends both."""
     folder, data = make_run("run", epochs=(1,)), fake_suite.make_data(tmp_path / "data", *THREE)
     held_out = ["--pairs", pair_shards, "--zeroshot", str(classification_shards)]
     flags = ["--train_output_dir", str(folder), "--data_dir", str(data), *held_out]
@@ -274,13 +272,9 @@ def test_two_ranks(make_run: Make, pair_shards: str, classification_shards: Path
     done = torchrun(flags)
     assert done.returncode == 0, done.stderr
     assert [line["key"] for line in lines_of(folder)] == list(THREE)
-    assert done.stdout.count("2 tasks to do, 1 finished before") == 1
+    assert done.stdout.count("tasks: 2 to do, 1 finished before") == 1
     shared = json.loads((folder / "evaluation.json").read_text())
     assert main(["--train_output_dir", str(folder), *held_out, "--device", "cpu", "--workers", "0"]) == 0
     alone = json.loads((folder / "evaluation.json").read_text())
     assert shared["metrics"] == pytest.approx(alone["metrics"], abs=1e-6)
     assert shared["counts"] == alone["counts"]
-
-    done = torchrun([*flags, "--epoch", "9"])
-    assert done.stderr.count("error: ") == 1
-    assert "has no epoch_9.pt" in done.stderr
