@@ -92,7 +92,7 @@ def _snapshots(repository: Path) -> list[Path]:
 
 
 def _test_split(folder: Path) -> list[Path]:
-    """The files of the test split under a folder; of several prepared copies in a cache, those written last.
+    """The files of the test split under a folder; of several prepared copies in a cache, the newest.
 
     Raises:
         UserError: for parquet files of the split in more than one folder: which of them counts, nobody can tell.
@@ -106,8 +106,9 @@ def _test_split(folder: Path) -> list[Path]:
     if len(groups) > 1 and any(path.suffix == ".parquet" for path in found):
         places = " and ".join(map(str, sorted(groups)[:2]))
         raise UserError(f"{folder} holds several parquet copies of the test split, {places}; keep one.")
-    newest = max(groups.values(), key=lambda paths: max(path.stat().st_mtime for path in paths))
-    return sorted(newest)
+    # As the datasets library chooses.
+    newest = max(groups, key=lambda place: place.stat().st_mtime)
+    return sorted(groups[newest])
 
 
 def _is_test_file(path: Path, folder: Path) -> bool:
