@@ -45,7 +45,9 @@ def tokenize(texts: list[str]) -> Tensor:
 
 def small_task_model(**setting: Any) -> TaskModel:
     """A `TaskModel` of a `SmallModel`; arguments are those of `Setting`."""
-    preprocess = image_transform(32, is_train=False, mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD)
+    preprocess = image_transform(
+        32, is_train=False, mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD
+    )
     return TaskModel(SmallModel().eval(), preprocess, tokenize, Setting(**{"batch_size": 4, **setting}))
 
 
