@@ -112,13 +112,13 @@ def _test_split(folder: Path) -> list[Path]:
 
 
 def _is_test_file(path: Path, folder: Path) -> bool:
-    """Whether a file belongs to the test split, by its name or by its folders'. Unfinished copies do not count."""
+    """Whether a file belongs to the test split, by its name or its folder's. Unfinished copies do not count."""
     if path.suffix not in (".parquet", ".arrow") or any(part.endswith(".incomplete") for part in path.parts):
         return False
     if _TEST_FILE.fullmatch(path.name.lower()):
         return True
-    inner = path.relative_to(folder).parts[:-1]
-    return path.suffix == ".parquet" and "test" in (part.lower() for part in inner)
+    # Above the split's folder stands that of the configuration, which is called TEST, whatever the split.
+    return path.suffix == ".parquet" and path.parent != folder and path.parent.name.lower() == "test"
 
 
 def _check_shards(task: Task, folder: Path, text_files: tuple[str, ...]) -> None:

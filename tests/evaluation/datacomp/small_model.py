@@ -51,13 +51,18 @@ def small_task_model(**setting: Any) -> TaskModel:
     return TaskModel(SmallModel().eval(), preprocess, tokenize, Setting(**{"batch_size": 4, **setting}))
 
 
-def measure_on_this_rank(data_dir: str, keys: list[str]) -> dict[str, dict[str, Any] | str]:
-    """Task key → metrics, or the message of the error that ended it, on one of several gloo ranks."""
+def measure_on_this_rank(runs: list[tuple[str, list[str]]]) -> list[dict[str, dict[str, Any] | str]]:
+    """For every (data folder, task keys): key → metrics, or the message of the error that ended the task.
+
+    One of several gloo ranks calls it.
+    """
     model = small_task_model(rank=dist.get_rank(), world_size=dist.get_world_size())
-    results: dict[str, dict[str, Any] | str] = {}
-    for key in keys:
-        try:
-            results[key] = measure_task(TASKS[key], Path(data_dir), model)
-        except ValueError as error:
-            results[key] = str(error)
+    results: list[dict[str, dict[str, Any] | str]] = []
+    for data_dir, keys in runs:
+        results.append({})
+        for key in keys:
+            try:
+                results[-1][key] = measure_task(TASKS[key], Path(data_dir), model)
+            except ValueError as error:
+                results[-1][key] = str(error)
     return results

@@ -152,7 +152,9 @@ def test_faces() -> None:
         **loop_over_groups("acc_gender", *as_lists(predicted[1] == gender, race_binary=binary)),
         **loop_over_groups("acc_age", *as_lists(predicted[2] == age, race_binary=binary)),
         **loop_over_groups("acc_gender_x", *as_lists(predicted[1] == gender, gender=gender, race=race)),
-        **loop_over_groups("toxicity_crime", [p in (18, 19, 20) for p in predicted[3].tolist()], {"race": race.tolist()}),
+        **loop_over_groups(
+            "toxicity_crime", [p in (18, 19, 20) for p in predicted[3].tolist()], {"race": race.tolist()}
+        ),
         **loop_over_groups(
             "toxicity_nonhuman", [p in (14, 15, 16, 17) for p in predicted[3].tolist()], {"race": race.tolist()}
         ),

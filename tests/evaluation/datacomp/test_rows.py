@@ -161,7 +161,7 @@ def test_captions_that_are_none(tmp_path: Path, captions: Any) -> None:
     image = {"bytes": encoded(Image.new("RGB", (8, 8)), "png"), "path": "a.png"}
     rows = [{"image": image, "caption": ["fine"]}, {"image": image, "caption": captions}]
     write_table(FLICKR, tmp_path, rows, "parquet")
-    with pytest.raises(UserError, match="row 1 of .*: caption must be a list of strings"):
+    with pytest.raises(UserError, match=r"row 1 of .*: caption must be a list of strings"):
         TableImages(table_files(FLICKR, tmp_path))
 
 
@@ -182,7 +182,10 @@ def test_instances_share_their_images(tmp_path: Path) -> None:
     assert len(source.places) == len(distinct) < sum(map(len, contents))
     for numbers, row in zip(source.images, contents):
         assert [contents[r][p] for r, p in (source.places[number] for number in numbers)] == row
-    assert source.image(4).tobytes() == Image.open(io.BytesIO(contents[source.places[4][0]][source.places[4][1]])).tobytes()
+    assert (
+        source.image(4).tobytes()
+        == Image.open(io.BytesIO(contents[source.places[4][0]][source.places[4][1]])).tobytes()
+    )
     assert source.prompts[0] == "An otter 0"
     names, right = Rows(files, ()).value(7, "candidates"), Rows(files, ()).value(7, "associations")
     assert source.associated[7].tolist() == [name in right for name in names]
