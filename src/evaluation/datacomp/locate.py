@@ -92,7 +92,7 @@ def _snapshots(repository: Path) -> list[Path]:
 
 
 def _test_split(folder: Path) -> list[Path]:
-    """The files of the test split under a folder; of several prepared copies in a cache, those written last.
+    """The files of the test split under a folder; of several prepared copies in a cache, the newest.
 
     Raises:
         UserError: for parquet files of the split in more than one folder: which of them counts, nobody can tell.
@@ -106,18 +106,19 @@ def _test_split(folder: Path) -> list[Path]:
     if len(groups) > 1 and any(path.suffix == ".parquet" for path in found):
         places = " and ".join(map(str, sorted(groups)[:2]))
         raise UserError(f"{folder} holds several parquet copies of the test split, {places}; keep one.")
-    newest = max(groups.values(), key=lambda paths: max(path.stat().st_mtime for path in paths))
-    return sorted(newest)
+    # As the datasets library chooses.
+    newest = max(groups, key=lambda place: place.stat().st_mtime)
+    return sorted(groups[newest])
 
 
 def _is_test_file(path: Path, folder: Path) -> bool:
-    """Whether a file belongs to the test split, by its name or by its folders'. Unfinished copies do not count."""
+    """Whether a file belongs to the test split, by its name or its folder's. Unfinished copies do not count."""
     if path.suffix not in (".parquet", ".arrow") or any(part.endswith(".incomplete") for part in path.parts):
         return False
     if _TEST_FILE.fullmatch(path.name.lower()):
         return True
-    inner = path.relative_to(folder).parts[:-1]
-    return path.suffix == ".parquet" and "test" in (part.lower() for part in inner)
+    # Above the split's folder stands that of the configuration, which is called TEST, whatever the split.
+    return path.suffix == ".parquet" and path.parent != folder and path.parent.name.lower() == "test"
 
 
 def _check_shards(task: Task, folder: Path, text_files: tuple[str, ...]) -> None:

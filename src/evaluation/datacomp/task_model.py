@@ -125,5 +125,5 @@ def gather_share(rows: Tensor, total: int, world_size: int) -> Tensor:
         [total, d], the same on every rank.
     """
     gathered = gather_rows(rows, world_size)
-    order = torch.cat([torch.arange(rank, total, world_size) for rank in range(world_size)])
+    order = torch.tensor([i for rank in range(world_size) for i in range(rank, total, world_size)])
     return gathered[order.argsort().to(gathered.device)]
