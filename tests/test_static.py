@@ -35,13 +35,23 @@ def test_scripts_are_executable() -> None:
                 assert script.stat().st_mode & 0o111, script
 
 
-@pytest.mark.parametrize(
-    "script", [path for path in SHELL_SCRIPTS if path.suffix == ".sbatch"], ids=lambda path: path.stem
-)
+BATCH_JOBS = [path for path in SHELL_SCRIPTS if path.suffix == ".sbatch"]
+
+
+@pytest.mark.parametrize("script", BATCH_JOBS, ids=lambda path: path.stem)
 def test_batch_jobs_live_through_interruptions(script: Path) -> None:
-    """What `train` of common.sh relies on; these lines cannot be sourced."""
+    """What `train` and `evaluate` of common.sh rely on; these lines cannot be sourced."""
     text = script.read_text(encoding="utf-8")
     asked = {line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")}
-    assert {"--open-mode=append", "--signal=USR1@300", "--requeue"} <= asked
+    assert {"--open-mode=append", "--requeue"} <= asked
     assert "scripts/slurm/common.sh" in text
-    assert "--name " in text
+    started = [line.split()[0] for line in text.splitlines() if line.startswith(("train ", "evaluate "))]
+    if started == ["train"]:
+        # The ranks save before they end; under the same name the next start finds what they saved.
+        assert "--signal=USR1@300" in asked
+        assert "--name " in text
+    else:
+        # An evaluation has nothing to save: its results are written as they come.
+        assert started == ["evaluate"]
+        assert "--signal=B:USR1@120" in asked
+        assert "--train_output_dir " in text

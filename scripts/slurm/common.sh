@@ -1,4 +1,4 @@
-# Sourced by every sbatch script of this folder: the environment of the ranks, and how they are started.
+# Sourced by every sbatch script of this folder: the environment of the ranks, and how training and evaluation are started.
 
 # Batch scripts are copied to a spool folder before they run; the checkout is where sbatch was called.
 cd "${NEUCLIP_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}" || exit 1
@@ -33,4 +33,33 @@ train() {
     # were it requeued from here, one that a person has ended would come back.
     [ "$status" != 75 ] || echo "interrupted: unless slurm requeues the job, submit it again to go on" >&2
     [ "$status" = 0 ] || exit "$status"
+}
+
+# evaluate FLAGS... : one process per task. Finished tasks are kept, so that a job that slurm ends goes on where it was:
+# after preemption slurm requeues it by itself; before its time limit this shell does, where the sbatch script has these lines:
+#   #SBATCH --signal=B:USR1@120   this shell, not the ranks, is warned 120 s before slurm ends them
+#   #SBATCH --requeue
+#   #SBATCH --open-mode=append
+evaluate() {
+    local status step
+    trap evaluate_later USR1
+    srun --kill-on-bad-exit=1 python -u src/evaluation/main.py "$@" &
+    step=$!
+    # The warning ends the wait, not the ranks: they measure until slurm ends them.
+    while :; do
+        status=0
+        wait "$step" || status=$?
+        kill -0 "$step" 2>/dev/null || break
+    done
+    exit "$status"
+}
+
+# Not for ever: a set that takes longer than the time limit would come back again and again.
+evaluate_later() {
+    if [ "${SLURM_RESTART_COUNT:-0}" -ge 20 ]; then
+        echo "error: not requeued a 21st time: give the job more time" >&2
+    else
+        echo "the time limit is near: back into the queue"
+        scontrol requeue "$SLURM_JOB_ID" || echo "slurm does not requeue this job: submit it again to go on" >&2
+    fi
 }
