@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from argparse import Namespace, _ArgumentGroup
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from neuclip import distributed
+from neuclip.stopwatch import NORMALIZER, OBJECTIVE, Stopwatch
 
 
 class TemperatureLearning(enum.Enum):
@@ -87,6 +89,10 @@ class Objective(nn.Module):
         report: whether `forward` fills in `Output.metrics`; a loop sets it to False between its logging steps.
         chunk_rows: rows of a rank's B×N block of pairs that are formed at a time; None for the method's own choice.
         step, epoch: optimizer steps taken so far; current epoch, from 0. Part of the state dict.
+        stopwatch: times `forward` as "objective" and, within it, what the method does for its normalizers as "normalizer"; a
+            loop reads and restarts it. Not in it is the backward pass, which is one with that of the towers: here it only
+            multiplies gradients that `forward` has formed, except in losses of open_clip, which autograd differentiates.
+            Metrics, which are formed in steps that report, are in it. No part of the state dict.
 
     Parameters with requires_grad are for the outer optimizer, with weight decay `outer_weight_decay`; their gradient is the
     same on every rank when `backward` returns. On several ranks `state_dict` is a collective: all call it, all get the
@@ -111,6 +117,7 @@ class Objective(nn.Module):
         self.chunk_rows: int | None = None
         self.step = 0
         self.epoch = 0
+        self.stopwatch = Stopwatch()
         self._share: int | None = None
 
     @classmethod
@@ -164,7 +171,8 @@ class Objective(nn.Module):
             ValueError: shapes differ, or ranks hold shares of different size.
         """
         self._check_shares(image_features, text_features)
-        with torch.autocast(image_features.device.type, enabled=False):
+        device = image_features.device
+        with self.stopwatch.section(OBJECTIVE, device), torch.autocast(device.type, enabled=False):
             output = self.compute(
                 _at_least_float32(image_features),
                 _at_least_float32(text_features),
@@ -201,6 +209,10 @@ class Objective(nn.Module):
     ) -> Output:
         """The method itself. Same arguments as `forward`, in float32 or float64, with autocast off."""
         raise NotImplementedError
+
+    def normalizer_section(self, device: torch.device) -> AbstractContextManager[None]:
+        """To be put around what `compute` does for its normalizers: remember, train, predict."""
+        return self.stopwatch.section(NORMALIZER, device)
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"step": self.step, "epoch": self.epoch}
