@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from argparse import Namespace, _ArgumentGroup
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -62,6 +63,19 @@ class Output:
     log_normalizers: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Recollection:
+    """What an objective knows of a batch's anchors before it has seen the batch.
+
+    Attributes:
+        log_normalizers: [2, B], its α of this rank's anchors, image side and text side; NaN for anchors it knows nothing of.
+        logit_scale: 1/τ that these α are for: 0-dim, or [2, B] with one for each anchor.
+    """
+
+    log_normalizers: Tensor
+    logit_scale: Tensor
+
+
 ArgumentAdder = Callable[[_ArgumentGroup], None]
 
 
@@ -87,6 +101,7 @@ class Objective(nn.Module):
         report: whether `forward` fills in `Output.metrics`; a loop sets it to False between its logging steps.
         chunk_rows: rows of a rank's B×N block of pairs that are formed at a time; None for the method's own choice.
         step, epoch: optimizer steps taken so far; current epoch, from 0. Part of the state dict.
+        log_eps: log ε of α = log(ε + g); −inf where the method has none.
 
     Parameters with requires_grad are for the outer optimizer, with weight decay `outer_weight_decay`; their gradient is the
     same on every rank when `backward` returns. On several ranks `state_dict` is a collective: all call it, all get the
@@ -102,6 +117,7 @@ class Objective(nn.Module):
     initial_logit_bias: ClassVar[float | None] = None
     temperature_schedule: ClassVar[str] = "cosine"
     outer_weight_decay: float = 0.0
+    log_eps: float = -math.inf
 
     def __init__(self, learn_temperature: bool = True) -> None:
         super().__init__()
@@ -201,6 +217,25 @@ class Objective(nn.Module):
     ) -> Output:
         """The method itself. Same arguments as `forward`, in float32 or float64, with autocast off."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def recall(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        keys: Tensor | None = None,
+    ) -> Recollection | None:
+        """The method's own log-normalizers of a batch's anchors, from what it has learnt or remembers; changes nothing.
+
+        The whole of a batch takes part only as far as a method's definition needs it (its size, say). Arguments as for
+        `forward`.
+
+        Returns:
+            None for a method without normalizers of its own: the batch's estimate is all it has.
+        """
+        return None
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"step": self.step, "epoch": self.epoch}
