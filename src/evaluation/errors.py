@@ -1,4 +1,9 @@
-"""The exception that a user's mistake raises."""
+"""What a user's mistake raises, and what libraries say of one in a line."""
+
+import pickle
+
+# What torch.load raises at a file that is damaged, cut short or something else, with weights_only=True.
+UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError)
 
 
 class UserError(ValueError):
@@ -7,3 +12,15 @@ class UserError(ValueError):
     The message is one line that names the flag or the file, its value and the remedy, so that the command line tool can
     print it without a traceback.
     """
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of a library's error, or its type if it has no text.
+
+    What torch says of a file that is no checkpoint, or holds more than tensors and plain values, is left out: it advises to
+    load it in a way that runs code from the file.
+    """
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is no checkpoint, or holds more than tensors and plain values"
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

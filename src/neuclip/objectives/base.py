@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from argparse import Namespace, _ArgumentGroup
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -64,6 +65,19 @@ class Output:
     log_normalizers: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Recollection:
+    """What an objective knows of a batch's anchors before it has seen the batch.
+
+    Attributes:
+        log_normalizers: [2, B], its α of this rank's anchors, image side and text side; NaN for anchors it knows nothing of.
+        logit_scale: 1/τ that these α are for: 0-dim, or [2, B] with one for each anchor.
+    """
+
+    log_normalizers: Tensor
+    logit_scale: Tensor
+
+
 ArgumentAdder = Callable[[_ArgumentGroup], None]
 
 
@@ -89,6 +103,7 @@ class Objective(nn.Module):
         report: whether `forward` fills in `Output.metrics`; a loop sets it to False between its logging steps.
         chunk_rows: rows of a rank's B×N block of pairs that are formed at a time; None for the method's own choice.
         step, epoch: optimizer steps taken so far; current epoch, from 0. Part of the state dict.
+        log_eps: log ε of α = log(ε + g); −inf where the method has none.
         stopwatch: times `forward` as "objective" and, within it, what the method does for its normalizers as "normalizer"; a
             loop reads and restarts it. Not in it is the backward pass, which is one with that of the towers: here it only
             multiplies gradients that `forward` has formed, except in losses of open_clip, which autograd differentiates.
@@ -108,6 +123,7 @@ class Objective(nn.Module):
     initial_logit_bias: ClassVar[float | None] = None
     temperature_schedule: ClassVar[str] = "cosine"
     outer_weight_decay: float = 0.0
+    log_eps: float = -math.inf
 
     def __init__(self, learn_temperature: bool = True) -> None:
         super().__init__()
@@ -213,6 +229,25 @@ class Objective(nn.Module):
     def normalizer_section(self, device: torch.device) -> AbstractContextManager[None]:
         """To be put around what `compute` does for its normalizers: remember, train, predict."""
         return self.stopwatch.section(NORMALIZER, device)
+
+    @torch.no_grad()
+    def recall(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        keys: Tensor | None = None,
+    ) -> Recollection | None:
+        """The method's own log-normalizers of a batch's anchors, from what it has learnt or remembers; changes nothing.
+
+        The whole of a batch takes part only as far as a method's definition needs it (its size, say). Arguments as for
+        `forward`.
+
+        Returns:
+            None for a method without normalizers of its own: the batch's estimate is all it has.
+        """
+        return None
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"step": self.step, "epoch": self.epoch}

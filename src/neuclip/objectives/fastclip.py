@@ -36,7 +36,7 @@ from neuclip.normalizers import (
     log_mix,
     log_or_minus_infinity,
 )
-from neuclip.objectives.base import Objective, Output, RunShape, TemperatureLearning
+from neuclip.objectives.base import Objective, Output, Recollection, RunShape, TemperatureLearning
 from neuclip.objectives.global_flags import (
     TITLE,
     add_global_arguments,
@@ -187,6 +187,26 @@ class FastCLIP(Objective):
         loss = with_gradients(value, inputs, (gradient[0], gradient[1], scale_gradient))
         return Output(loss, self._metrics(batch, averages, logit_scale) if self.report else {}, own_log_u)
 
+    @torch.no_grad()
+    def recall(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        keys: Tensor | None = None,
+    ) -> Recollection:
+        """log u of the samples."""
+        batch, _, remembered = self._look_up(image_features, text_features, keys)
+        own = remembered[:, batch.local]
+        return Recollection(
+            torch.where(torch.isfinite(own[:2]), own[:2], torch.nan), self._logit_scale(own, logit_scale)
+        )
+
+    def _logit_scale(self, remembered: Tensor, logit_scale: Tensor) -> Tensor:
+        """1/τ of the samples whose columns [columns, B] these are."""
+        return logit_scale
+
     def _look_up(
         self, image_features: Tensor, text_features: Tensor, keys: Tensor | None
     ) -> tuple[GlobalBatch, Tensor, Tensor]:
@@ -284,6 +304,9 @@ class IndividualFastCLIP(FastCLIP):
             output.metrics = self._metrics(batch, averages, logit_scales[:, batch.local])
             output.metrics["lr_tau"] = value.new_full((), self.temperature_lr)
         return output
+
+    def _logit_scale(self, remembered: Tensor, logit_scale: Tensor) -> Tensor:
+        return 1.0 / remembered[2:4]
 
     def _adam(self, columns: Tensor, gradient: Tensor) -> Tensor:
         """Temperatures and moments after one step, [6, N]; `columns` [6, N] before, `gradient` [2, N]."""
