@@ -147,7 +147,7 @@ def _stem(names: list[str]) -> str:
     if len(names) == 1:
         return names[0]
     shared = next((i for i, letters in enumerate(zip(*names)) if len(set(letters)) > 1), min(map(len, names)))
-    return re.sub(r"([-_.=]+(seed|s))?[-_.=]*\d*$", "", names[0][:shared]) or names[0]
+    return re.sub(r"[-_.=]+(seed|s)?\d*$", "", names[0][:shared]) or names[0]
 
 
 def _distinct(stems: list[str]) -> list[str]:
