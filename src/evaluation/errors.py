@@ -1,4 +1,9 @@
-"""The exception that a user's mistake raises, and its message in one line."""
+"""What a user's mistake raises, and what libraries say of one in a line."""
+
+import pickle
+
+# What torch.load raises at a file that is damaged, cut short or something else, with weights_only=True.
+UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError)
 
 
 class UserError(ValueError):
@@ -9,9 +14,13 @@ class UserError(ValueError):
     """
 
 
-def one_line(error: BaseException) -> str:
-    """The message of an error; of one that comes from a loader process, without that process's traceback before it."""
-    lines = str(error).strip().splitlines()
-    if not lines:
-        return type(error).__name__
-    return lines[-1].removeprefix("evaluation.errors.UserError: ") if lines[0].startswith("Caught ") else lines[0]
+def reason_of(error: Exception) -> str:
+    """The first line of a library's error, or its type if it has no text.
+
+    What torch says of a file that is no checkpoint, or holds more than tensors and plain values, is left out: it advises to
+    load it in a way that runs code from the file.
+    """
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is no checkpoint, or holds more than tensors and plain values"
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -16,12 +16,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from evaluation.sample_tables import large_tables, load_tables
 from neuclip.objectives import Objective
 from training.atomic_files import read_sidecar, sidecar_of, verify
 from training.errors import UNREADABLE, UserError, reason_of
 from training.model import TwoTowers
 from training.optim import load_optimizer_state
-from training.table_files import describe_tables, large_tables, load_tables, missing_parts, remove_unused
+from training.table_files import describe_tables, missing_parts, remove_unused
 
 LATEST = "epoch_latest.pt"
 NAME = re.compile(r"(?P<kind>epoch|iter)_(?P<number>\d+|latest)\.pt")

@@ -12,14 +12,14 @@ checkpoint names it any more.
 from __future__ import annotations
 
 import logging
-import re
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from evaluation.sample_tables import PART, large_tables, read_part, table_parts
 from neuclip.normalizers import ShardedTable
 from neuclip.objectives import Objective
 from training.atomic_files import read_sidecar, write_atomically
@@ -28,17 +28,6 @@ from training.errors import UNREADABLE, UserError, reason_of
 
 # Larger parts would only need more memory while they are copied from a GPU.
 PART_BYTES = 10**9
-
-_PART = re.compile(r"(?P<name>.+)\.(?P<first>\d{12,})-(?P<last>\d{12,})\.pt")
-
-
-def large_tables(objective: Objective) -> dict[str, ShardedTable]:
-    """The objective's tables that its state dict leaves out, by the name of their module."""
-    return {
-        name: module
-        for name, module in objective.named_modules()
-        if isinstance(module, ShardedTable) and not module.in_state_dict
-    }
 
 
 def describe_tables(objective: Objective) -> dict[str, int]:
@@ -75,38 +64,17 @@ def save_tables(objective: Objective, checkpoints: Path, step: int, world: World
     return folder.name
 
 
-def load_tables(objective: Objective, folder: Path) -> None:
-    """Fill the rows that this rank holds from the parts that have them.
-
-    Raises:
-        UserError: parts are missing or unreadable.
-    """
-    for name, table in large_tables(objective).items():
-        expected = 0
-        for path, first, last in _parts(folder, name):
-            if first != expected:
-                break
-            expected = last + 1
-            if first < table.first_row + table.num_local_rows and last >= table.first_row:
-                table.fill(first, _read_part(path))
-        if expected != table.rows:
-            raise UserError(
-                f"--resume needs the per-sample tables in {folder}, which end at row {expected} of {table.rows}: "
-                "keep that folder beside its checkpoint"
-            )
-
-
 def missing_parts(folder: Path, rows: dict[str, int] | None) -> str | None:
     """What is wrong with a folder of tables, in words; None if all parts are there and as long as they were written.
 
     Args:
         rows: of each table (`describe_tables`); None where the checkpoint does not say, being of an older version.
     """
-    found = {match["name"] for path in folder.glob("*.pt") if (match := _PART.fullmatch(path.name))}
+    found = {match["name"] for path in folder.glob("*.pt") if (match := PART.fullmatch(path.name))}
     if not found:
         return f"its per-sample tables in {folder} are not there"
     for name in sorted(found | set(rows or ())):
-        parts = list(_parts(folder, name))
+        parts = list(table_parts(folder, name))
         expected = 0
         for path, first, last in parts:
             if first != expected:
@@ -165,31 +133,12 @@ def _write_parts(tables: dict[str, ShardedTable], folder: Path) -> None:
             write_atomically(folder / f"{name}.{first:012d}-{first + len(part) - 1:012d}.pt", part)
 
 
-def _parts(folder: Path, name: str) -> Iterator[tuple[Path, int, int]]:
-    """(file, first row, last row) of a table's parts in the order of their rows."""
-    found = []
-    for path in folder.glob("*.pt") if folder.is_dir() else ():
-        match = _PART.fullmatch(path.name)
-        if match is not None and match["name"] == name:
-            found.append((int(match["first"]), int(match["last"]), path))
-    for first, last, path in sorted(found):
-        yield path, first, last
-
-
 def _is_complete(path: Path) -> bool:
     record = read_sidecar(path)
     if record is not None:
         return bool(record["bytes"] == path.stat().st_size)
     try:
-        _read_part(path)
+        read_part(path)
     except UserError:
         return False
     return True
-
-
-def _read_part(path: Path) -> torch.Tensor:
-    try:
-        # Mapped, not read: of a part that two ranks share each copies its rows only.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # type: ignore[no-any-return]
-    except UNREADABLE as error:
-        raise UserError(f"--resume: {path} cannot be read as part of a table: {reason_of(error)}") from None

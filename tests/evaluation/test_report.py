@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 
 from evaluation.curves import plot_curves, read_records, series
+from evaluation.figure_style import COLORS
 from evaluation.gallery import MATCH, Hit, Query, draw_gallery, gallery_size, is_match, nearest_images
 from evaluation.report import Result, markdown, table_rows, terminal_table, write_report
 
 NAME = "retrieval/image_to_text_"
+FIRST_BLUE = tuple(bytes.fromhex(COLORS[0][1:]))
 
 
 def result(run: str, recall: float, rank: float, **metrics: float | None) -> Result:
@@ -86,8 +88,8 @@ def test_curves_show_what_is_there(tmp_path: Path) -> None:
     plot_curves({"empty": tmp_path / "empty"}, tmp_path / "none.png")
     with Image.open(tmp_path / "both.png") as both, Image.open(tmp_path / "none.png") as none:
         assert both.size == none.size == (1440, 960)
-        assert (47, 111, 223) in {color for _, color in both.convert("RGB").getcolors(1 << 20)}  # the first run's blue
-        assert (47, 111, 223) not in {color for _, color in none.convert("RGB").getcolors(1 << 20)}
+        assert FIRST_BLUE in {color for _, color in both.convert("RGB").getcolors(1 << 20)}  # the first run's blue
+        assert FIRST_BLUE not in {color for _, color in none.convert("RGB").getcolors(1 << 20)}
 
 
 def test_nearest_images_and_matches() -> None:

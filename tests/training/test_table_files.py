@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from evaluation.sample_tables import load_tables
 from neuclip.normalizers import ShardedTable, table
 from neuclip.objectives import Objective
 from ranks import run_on_ranks
@@ -63,7 +64,7 @@ def save_on_a_rank(checkpoints: str) -> str:
 def load_on_a_rank(folder: str) -> list[list[float]]:
     _make_large()
     objective = Remembering()
-    table_files.load_tables(objective, Path(folder))
+    load_tables(objective, Path(folder))
     return torch.cat((objective.first.whole(), objective.inner.second.whole()), dim=1).tolist()
 
 
@@ -145,8 +146,8 @@ def test_missing_parts_are_noticed(missing: str, tmp_path: Path) -> None:
     parts = sorted(folder.glob("first.*.pt"))
     for path in {"first": parts[:1], "middle": parts[2:3], "last": parts[-1:], "all": parts}[missing]:
         path.unlink()
-    with pytest.raises(UserError, match=rf"--resume needs the per-sample tables in .*of {ROWS}"):
-        table_files.load_tables(Remembering(), folder)
+    with pytest.raises(UserError, match=rf"the per-sample tables in .*of {ROWS}"):
+        load_tables(Remembering(), folder)
 
 
 def test_a_broken_part_is_named(tmp_path: Path) -> None:
@@ -154,7 +155,7 @@ def test_a_broken_part_is_named(tmp_path: Path) -> None:
     broken = sorted(folder.glob("first.*.pt"))[1]
     broken.write_bytes(broken.read_bytes()[:100])
     with pytest.raises(UserError, match=broken.name):
-        table_files.load_tables(Remembering(), folder)
+        load_tables(Remembering(), folder)
 
 
 def test_a_failed_part_fails_the_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,4 +241,4 @@ def test_folders_that_were_not_there_before_are_left_alone(tmp_path: Path) -> No
 def test_tables_of_another_size_do_not_fit(rows: int, tmp_path: Path) -> None:
     folder = tmp_path / _saved(tmp_path, 5)
     with pytest.raises(UserError, match=f"end at row {ROWS} of {rows}"):
-        table_files.load_tables(Remembering(rows), folder)
+        load_tables(Remembering(rows), folder)

@@ -1,6 +1,6 @@
 """The objectives. Adding one: a new file beside this one and one line in registry.py."""
 
-from neuclip.objectives.base import Objective, Output, RunShape, TemperatureLearning
+from neuclip.objectives.base import Objective, Output, Recollection, RunShape, TemperatureLearning
 from neuclip.objectives.registry import (
     OBJECTIVES,
     add_arguments,
@@ -14,6 +14,7 @@ __all__ = [
     "OBJECTIVES",
     "Objective",
     "Output",
+    "Recollection",
     "RunShape",
     "TemperatureLearning",
     "add_arguments",

@@ -31,7 +31,7 @@ from neuclip.objectives.amorlip_flags import (
     in_epoch,
     settings_from_args,
 )
-from neuclip.objectives.base import Objective, Output, RunShape
+from neuclip.objectives.base import Objective, Output, Recollection, RunShape
 from neuclip.objectives.global_flags import TITLE, add_global_arguments, fill_defaults, learns_one_temperature
 from neuclip.objectives.reporting import common_metrics
 from neuclip.pairwise import (
@@ -128,7 +128,8 @@ class AmorLIP(Objective):
             batch = gather_batch(image_features, text_features, self.chunk_rows)
             log_means = batch_log_means(batch, logit_scale)
             positive = batch.positive * logit_scale + (0.0 if logit_bias is None else logit_bias)
-            estimates, fit_losses = self._fit(batch, log_means, positive[batch.local], logit_scale)
+            with self.normalizer_section(image_features.device):
+                estimates, fit_losses = self._fit(batch, log_means, positive[batch.local], logit_scale)
             log_normalizers = distributed.all_gather(estimates, dim=1)
             pairs = weighted_pairs(batch, log_normalizers - positive, logit_scale)
             value, gradients = self._value_and_gradients(batch, pairs, estimates, positive[batch.local], logit_scale)
@@ -147,6 +148,25 @@ class AmorLIP(Objective):
             metrics["rho"] = logit_scale.new_full((), self.rho)
         output.metrics = metrics
         return output
+
+    @torch.no_grad()
+    def recall(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        keys: Tensor | None = None,
+    ) -> Recollection:
+        """The moving average of the networks. It stands for a sum over a global batch: relative to the pair, and as a mean."""
+        positive = (image_features * text_features).sum(dim=1) * logit_scale + (
+            0.0 if logit_bias is None else logit_bias
+        )
+        estimates = self._finished(
+            self.normalizer.predict_average(torch.stack((image_features, text_features))), positive
+        )
+        negatives = len(positive) * distributed.world_size() - 1
+        return Recollection(estimates - positive - math.log(negatives), logit_scale)
 
     def _fit(
         self, batch: GlobalBatch, log_means: Tensor, positive: Tensor, logit_scale: Tensor
@@ -179,10 +199,14 @@ class AmorLIP(Objective):
         estimates = targets if settings.fit_previous else normalizer.predict_average(anchors)
         if self.step % settings.average_every == 0:
             normalizer.update_average()
-        estimates = estimates + settings.offset
-        if settings.negatives_only:
+        return self._finished(estimates, positive), losses
+
+    def _finished(self, estimates: Tensor, positive: Tensor) -> Tensor:
+        """λ̂ from what the networks stand for; both [2, B]."""
+        estimates = estimates + self.settings.offset
+        if self.settings.negatives_only:
             estimates = torch.logaddexp(estimates, self.log_positive_weight + positive)
-        return estimates, losses
+        return estimates
 
     def _log_sums(self, batch: GlobalBatch, log_means: Tensor, positive: Tensor, logit_scale: Tensor) -> Tensor:
         """log Z of this rank's anchors, [2, B]."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import enum
+import math
 from argparse import Namespace, _ArgumentGroup
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from neuclip import distributed
+from neuclip.stopwatch import NORMALIZER, OBJECTIVE, Stopwatch
 
 
 class TemperatureLearning(enum.Enum):
@@ -62,6 +65,19 @@ class Output:
     log_normalizers: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Recollection:
+    """What an objective knows of a batch's anchors before it has seen the batch.
+
+    Attributes:
+        log_normalizers: [2, B], its α of this rank's anchors, image side and text side; NaN for anchors it knows nothing of.
+        logit_scale: 1/τ that these α are for: 0-dim, or [2, B] with one for each anchor.
+    """
+
+    log_normalizers: Tensor
+    logit_scale: Tensor
+
+
 ArgumentAdder = Callable[[_ArgumentGroup], None]
 
 
@@ -87,6 +103,11 @@ class Objective(nn.Module):
         report: whether `forward` fills in `Output.metrics`; a loop sets it to False between its logging steps.
         chunk_rows: rows of a rank's B×N block of pairs that are formed at a time; None for the method's own choice.
         step, epoch: optimizer steps taken so far; current epoch, from 0. Part of the state dict.
+        log_eps: log ε of α = log(ε + g); −inf where the method has none.
+        stopwatch: times `forward` as "objective" and, within it, what the method does for its normalizers as "normalizer"; a
+            loop reads and restarts it. Not in it is the backward pass, which is one with that of the towers: here it only
+            multiplies gradients that `forward` has formed, except in losses of open_clip, which autograd differentiates.
+            Metrics, which are formed in steps that report, are in it. No part of the state dict.
 
     Parameters with requires_grad are for the outer optimizer, with weight decay `outer_weight_decay`; their gradient is the
     same on every rank when `backward` returns. On several ranks `state_dict` is a collective: all call it, all get the
@@ -102,6 +123,7 @@ class Objective(nn.Module):
     initial_logit_bias: ClassVar[float | None] = None
     temperature_schedule: ClassVar[str] = "cosine"
     outer_weight_decay: float = 0.0
+    log_eps: float = -math.inf
 
     def __init__(self, learn_temperature: bool = True) -> None:
         super().__init__()
@@ -111,6 +133,7 @@ class Objective(nn.Module):
         self.chunk_rows: int | None = None
         self.step = 0
         self.epoch = 0
+        self.stopwatch = Stopwatch()
         self._share: int | None = None
 
     @classmethod
@@ -164,7 +187,8 @@ class Objective(nn.Module):
             ValueError: shapes differ, or ranks hold shares of different size.
         """
         self._check_shares(image_features, text_features)
-        with torch.autocast(image_features.device.type, enabled=False):
+        device = image_features.device
+        with self.stopwatch.section(OBJECTIVE, device), torch.autocast(device.type, enabled=False):
             output = self.compute(
                 _at_least_float32(image_features),
                 _at_least_float32(text_features),
@@ -201,6 +225,29 @@ class Objective(nn.Module):
     ) -> Output:
         """The method itself. Same arguments as `forward`, in float32 or float64, with autocast off."""
         raise NotImplementedError
+
+    def normalizer_section(self, device: torch.device) -> AbstractContextManager[None]:
+        """To be put around what `compute` does for its normalizers: remember, train, predict."""
+        return self.stopwatch.section(NORMALIZER, device)
+
+    @torch.no_grad()
+    def recall(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        keys: Tensor | None = None,
+    ) -> Recollection | None:
+        """The method's own log-normalizers of a batch's anchors, from what it has learnt or remembers; changes nothing.
+
+        The whole of a batch takes part only as far as a method's definition needs it (its size, say). Arguments as for
+        `forward`.
+
+        Returns:
+            None for a method without normalizers of its own: the batch's estimate is all it has.
+        """
+        return None
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"step": self.step, "epoch": self.epoch}

@@ -36,7 +36,7 @@ from neuclip.normalizers import (
     log_mix,
     log_or_minus_infinity,
 )
-from neuclip.objectives.base import Objective, Output, RunShape, TemperatureLearning
+from neuclip.objectives.base import Objective, Output, Recollection, RunShape, TemperatureLearning
 from neuclip.objectives.global_flags import (
     TITLE,
     add_global_arguments,
@@ -187,6 +187,26 @@ class FastCLIP(Objective):
         loss = with_gradients(value, inputs, (gradient[0], gradient[1], scale_gradient))
         return Output(loss, self._metrics(batch, averages, logit_scale) if self.report else {}, own_log_u)
 
+    @torch.no_grad()
+    def recall(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        keys: Tensor | None = None,
+    ) -> Recollection:
+        """log u of the samples."""
+        batch, _, remembered = self._look_up(image_features, text_features, keys)
+        own = remembered[:, batch.local]
+        return Recollection(
+            torch.where(torch.isfinite(own[:2]), own[:2], torch.nan), self._logit_scale(own, logit_scale)
+        )
+
+    def _logit_scale(self, remembered: Tensor, logit_scale: Tensor) -> Tensor:
+        """1/τ of the samples whose columns [columns, B] these are."""
+        return logit_scale
+
     def _look_up(
         self, image_features: Tensor, text_features: Tensor, keys: Tensor | None
     ) -> tuple[GlobalBatch, Tensor, Tensor]:
@@ -194,8 +214,9 @@ class FastCLIP(Objective):
         if keys is None:
             raise ValueError("objective fastclip needs the samples' integer keys")
         batch = gather_batch(image_features, text_features, self.chunk_rows)
-        all_keys = distributed.all_gather(keys, dim=0)
-        return batch, all_keys, self.table.read(all_keys).T.to(batch.features.dtype)
+        with self.normalizer_section(batch.features.device):
+            all_keys = distributed.all_gather(keys, dim=0)
+            return batch, all_keys, self.table.read(all_keys).T.to(batch.features.dtype)
 
     @torch.no_grad()
     def _metrics(self, batch: GlobalBatch, averages: Averages, logit_scale: Tensor) -> dict[str, Tensor]:
@@ -208,14 +229,16 @@ class FastCLIP(Objective):
         """The moving averages after this batch; `remembered` [columns, N] is what the table has."""
         log_means = batch_log_means(batch, logit_scale)
         log_estimate = distributed.all_gather(add_log_eps(log_means, self.log_eps), dim=1)
-        mixed = log_mix(remembered[:2], log_estimate, self.gamma.at(self.epoch, self.step))
-        # Also if a broken batch left something that is no number.
-        log_u = torch.where(torch.isfinite(remembered[:2]), mixed, log_estimate)
+        with self.normalizer_section(batch.features.device):
+            mixed = log_mix(remembered[:2], log_estimate, self.gamma.at(self.epoch, self.step))
+            # Also if a broken batch left something that is no number.
+            log_u = torch.where(torch.isfinite(remembered[:2]), mixed, log_estimate)
         return Averages(log_means, log_estimate, log_u)
 
     def _remember(self, keys: Tensor, values: Tensor, old: Tensor) -> None:
         """Write columns [columns, N], but nothing that is no number: it would spoil its sample for good."""
-        self.table.write(keys, torch.where(torch.isfinite(values), values, old).T)
+        with self.normalizer_section(values.device):
+            self.table.write(keys, torch.where(torch.isfinite(values), values, old).T)
 
     def _value_and_scale_gradient(
         self, pairwise: PairwiseGradient, log_u: Tensor, logit_scale: Tensor
@@ -281,6 +304,9 @@ class IndividualFastCLIP(FastCLIP):
             output.metrics = self._metrics(batch, averages, logit_scales[:, batch.local])
             output.metrics["lr_tau"] = value.new_full((), self.temperature_lr)
         return output
+
+    def _logit_scale(self, remembered: Tensor, logit_scale: Tensor) -> Tensor:
+        return 1.0 / remembered[2:4]
 
     def _adam(self, columns: Tensor, gradient: Tensor) -> Tensor:
         """Temperatures and moments after one step, [6, N]; `columns` [6, N] before, `gradient` [2, N]."""

@@ -26,7 +26,7 @@ from neuclip.normalizers import (
     log_mix,
     log_or_minus_infinity,
 )
-from neuclip.objectives.base import Objective, Output, RunShape
+from neuclip.objectives.base import Objective, Output, Recollection, RunShape
 from neuclip.objectives.global_flags import (
     TITLE,
     add_global_arguments,
@@ -118,10 +118,11 @@ class NeuCLIP(Objective):
             log_means = batch_log_means(batch, logit_scale)
             log_estimate = distributed.all_gather(add_log_eps(log_means, self.log_eps), dim=1)
 
-            self.normalizer.observe(batch)
-            if self._restart_is_due():
-                self.normalizer.restart(batch)
-            learnt = self.optimization.learn(self.normalizer, batch, log_estimate, logit_scale, self.report)
+            with self.normalizer_section(image_features.device):
+                self.normalizer.observe(batch)
+                if self._restart_is_due():
+                    self.normalizer.restart(batch)
+                learnt = self.optimization.learn(self.normalizer, batch, log_estimate, logit_scale, self.report)
             gamma = 0.0 if self.gamma is None else self.gamma.at(self.epoch, self.step)
             log_normalizers = log_mix(learnt.log_normalizers, log_estimate, gamma)
 
@@ -141,6 +142,19 @@ class NeuCLIP(Objective):
             metrics["gamma"] = logit_scale.new_full((), gamma)
             output.metrics = metrics | learnt.metrics
         return output
+
+    @torch.no_grad()
+    def recall(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        keys: Tensor | None = None,
+    ) -> Recollection:
+        """The NPN's prediction."""
+        batch = gather_batch(image_features, text_features, self.chunk_rows)
+        return Recollection(self.normalizer.predict(batch, logit_scale)[:, batch.local], logit_scale)
 
     def _value_and_scale_gradient(
         self, pairwise: PairwiseGradient, log_normalizers: Tensor, logit_scale: Tensor

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image
 
+from evaluation.sample_json import json_object, parse_key
+
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
-_LARGEST_KEY = 2**63 - 1
-# No key that counts has more digits, and int() refuses thousands of them.
-_MOST_DIGITS = 100
 # A tokeniser takes time by the square of a word's length: a minute for one of 64 KiB. No caption is half as long.
 LONGEST_CAPTION = 2**16  # bytes
 LONGEST_WORD = 2**12
@@ -101,28 +99,9 @@ def from_members(members: dict[str, bytes], name: str, shard: str) -> RawSample:
 
 
 def _caption_in(facts: bytes) -> bytes | None:
-    caption = _json_object(facts).get("caption")
+    caption = json_object(facts).get("caption")
     # JSON can spell halves of characters, which are no text; as bytes they are found out with all that is not utf-8.
     return caption.encode("utf-8", "surrogatepass") if isinstance(caption, str) else None
-
-
-def _json_object(text: bytes) -> dict[str, Any]:
-    """A JSON object; {} for anything else, be it too deep, or a number too long, to be read."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def parse_key(key: bytes | int | None) -> int | None:
-    """The key of a sample, from {"key": 17} or {"key": "000017"}; None when absent or not an integer of 0 to 2^63 - 1."""
-    if key is None or isinstance(key, int):
-        return key
-    value = _json_object(key).get("key")
-    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= _MOST_DIGITS:
-        value = int(value)
-    return value if type(value) is int and 0 <= value <= _LARGEST_KEY else None
 
 
 def read_labels(raw: RawSample, needs_keys: bool) -> tuple[str, int | None]:
