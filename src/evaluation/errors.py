@@ -14,6 +14,14 @@ class UserError(ValueError):
     """
 
 
+def one_line(error: BaseException) -> str:
+    """The message of an error; of one that comes from a loader process, without that process's traceback before it."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return lines[-1].removeprefix("evaluation.errors.UserError: ") if lines[0].startswith("Caught ") else lines[0]
+
+
 def reason_of(error: Exception) -> str:
     """The first line of a library's error, or its type if it has no text.
 
