@@ -71,6 +71,7 @@ class RunFolder:
     Attributes:
         path: the folder.
         params: the run's parameters; numbers, booleans, None, lists and tuples are parsed, everything else stays text.
+        texts: the parameters as they stand in the file.
 
     Raises:
         UserError: if the folder or its params.txt is missing.
@@ -83,7 +84,8 @@ class RunFolder:
             raise UserError(f"run folder {self.path} does not exist; give the folder that training wrote, logs/NAME.")
         if not file.is_file():
             raise UserError(f"{file} is missing: {self.path} is not the folder of a run; give logs/NAME.")
-        self.params = parse_params(file.read_text(encoding="utf-8"))
+        self.texts = param_texts(file.read_text(encoding="utf-8"))
+        self.params = {name: _parsed(text) for name, text in self.texts.items()}
 
     @property
     def name(self) -> str:
@@ -204,15 +206,23 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:240]}"
 
 
-def parse_params(text: str) -> dict[str, Any]:
-    """Lines `name: value` → a dict; values that are Python literals (numbers, None, True, lists) are parsed."""
-    params: dict[str, Any] = {}
+def param_texts(text: str) -> dict[str, str]:
+    """Lines `name: value` → a dict of texts; other lines are left out."""
+    params = {}
     for line in text.splitlines():
         name, separator, value = line.partition(":")
-        if not separator or not re.fullmatch(r"\w[\w.-]*", name.strip()):
-            continue
-        try:
-            params[name.strip()] = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError):
+        if separator and re.fullmatch(r"\w[\w.-]*", name.strip()):
             params[name.strip()] = value.strip()
     return params
+
+
+def parse_params(text: str) -> dict[str, Any]:
+    """Lines `name: value` → a dict; values that are Python literals (numbers, None, True, lists) are parsed."""
+    return {name: _parsed(value) for name, value in param_texts(text).items()}
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

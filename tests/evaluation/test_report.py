@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation.curves import plot_curves, read_records, series
+from evaluation.curves import plot_curves, series
 from evaluation.gallery import MATCH, Hit, Query, draw_gallery, gallery_size, is_match, nearest_images
+from evaluation.records import read_records
 from evaluation.report import Result, markdown, table_rows, terminal_table, write_report
 
 NAME = "retrieval/image_to_text_"
