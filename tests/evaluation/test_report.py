@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from evaluation.curves import plot_curves, read_records, series
-from evaluation.gallery import MATCH, Hit, Query, draw_gallery, gallery_size, is_match, nearest_images
+from evaluation.gallery_picture import MATCH, draw_gallery, gallery_size
 from evaluation.report import Result, markdown, table_rows, terminal_table, write_report
+from evaluation.search import Hit, Query, is_match, nearest_images
 
 NAME = "retrieval/image_to_text_"
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
-NEIGHBOURS = 6
+from evaluation.search import NEIGHBOURS, Hit, Query
 
 THUMBNAIL = 128
 PADDING = 9  # white between a thumbnail and its border
@@ -29,55 +27,6 @@ BORDER, MATCH = "#d5d9df", "#2f9e63"
 RADIUS = 14
 # Shapes are drawn this much larger and scaled down, which is what makes their edges smooth.
 OVERSAMPLING = 4
-
-
-class Query(NamedTuple):
-    """A text to search for, and the concept that right images show (empty: judged by the text alone)."""
-
-    text: str
-    concept: str = ""
-
-
-class Hit(NamedTuple):
-    """One image found: its index in the set, cosine similarity, and whether it is what the query asks for."""
-
-    image: int
-    similarity: float
-    matches: bool
-
-
-def is_match(query: Query, caption: str, concept: str) -> bool:
-    """Whether an image is what a query asks for: its concept is the query's, or its caption or concept is the text."""
-    text = query.text.strip().casefold()
-    if query.concept and query.concept.strip().casefold() == concept.strip().casefold():
-        return True
-    return text in (caption.strip().casefold(), concept.strip().casefold())
-
-
-def nearest_images(
-    queries: Sequence[Query],
-    query_features: Tensor,
-    image_features: Tensor,
-    describe: Callable[[int], tuple[str, str]],
-    number: int = NEIGHBOURS,
-) -> list[list[Hit]]:
-    """The images nearest to each query.
-
-    Args:
-        queries: Q queries.
-        query_features: [Q, d] float32, L2-normalised.
-        image_features: [N, d] float32, L2-normalised.
-        describe: index of an image → its caption and its concept.
-        number: images per query; fewer if the set is smaller.
-
-    Returns:
-        Q lists of hits, nearest first.
-    """
-    found = (query_features @ image_features.T).topk(min(number, len(image_features)), dim=1)
-    return [
-        [Hit(index, similarity, is_match(query, *describe(index))) for index, similarity in zip(indices, similarities)]
-        for query, indices, similarities in zip(queries, found.indices.tolist(), found.values.tolist())
-    ]
 
 
 def gallery_size(number_of_queries: int) -> tuple[int, int]:
