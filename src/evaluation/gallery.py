@@ -36,7 +36,8 @@ from evaluation.gallery_content import (
     search_images,
     view_prototypes,
 )
-from evaluation.gallery_page import Content, Heading, build_page, file_key, pair_key, shown_pairs
+from evaluation.gallery_markup import file_key, pair_key
+from evaluation.gallery_page import Content, Heading, build_page, shown_pairs
 from evaluation.prototype_usage import read_prototypes
 from evaluation.run_folder import LoadedModel, RunFolder
 from evaluation.search import Query, read_query_file

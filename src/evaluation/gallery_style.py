@@ -11,7 +11,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #0f1115; --card: #181b21; --ink: #eceef1; --soft: #a3acb8; --line: #2a2f38; --accent: #93a7ff;
-    --right: #4fce8f; --right-soft: #14301f; --wrong: #f2a365; --wrong-soft: #3a2413; --track: #2b303a; --tile: #f4f5f7;
+    --right: #4fce8f; --right-soft: #14301f; --wrong: #f2a365; --wrong-soft: #3a2413; --track: #2b303a; --tile: #ffffff;
     --shadow: none;
   }
 }
@@ -131,7 +131,7 @@ figcaption { font-size: .8125rem; color: var(--soft); text-align: center; margin
   font-size: .75rem; line-height: 1.6; padding: 1px 9px; border-radius: 99px; background: var(--track); color: var(--ink);
   font-variant-numeric: tabular-nums; white-space: nowrap;
 }
-.badge sub { line-height: 0; }
+sub { line-height: 0; }
 .badge.warn { background: var(--wrong-soft); color: var(--wrong); font-weight: 600; }
 
 .usage {
