@@ -68,7 +68,7 @@ def read_prototypes(path: Path) -> Tensor | str:
             if not active:
                 return "No prototype was in use yet when the checkpoint was written."
             return F.normalize(value[:, :active].float(), dim=2)
-    return f"Objective {objective.get('name', 'of this run')} keeps no prototypes in its checkpoint."
+    return f"Objective {objective.get('name', 'of this run')} keeps no prototypes; NeuCLIP with --npn_arch prototypes does."
 
 
 def prototype_usage(anchors: Tensor, prototypes: Tensor, temperature: float) -> PrototypeUsage:
