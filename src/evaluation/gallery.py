@@ -209,7 +209,8 @@ def _heading(
         objective=run.objective,
         model=str(run.params["model"]),
         checkpoint=label,
-        data="/".join(Path(source).parts[-2:]),  # where it lies on this machine is nobody's business
+        # Where the rest of the path leads on this machine is nobody's business.
+        data=" + ".join("/".join(Path(part).parts[-2:]) for part in source.split("::")),
         temperature=temperature,
         metrics=measured.metrics,
         chance=measured.chance,

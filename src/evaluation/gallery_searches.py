@@ -49,11 +49,11 @@ def _text_row(collection: Collection, sprite: Sprite, search: TextSearch) -> str
 
 
 def _ranks(search: TextSearch) -> list[str]:
-    notes = [] if search.own_rank is None else [f"its own image at rank <b>{search.own_rank:,}</b>"]
+    notes = [] if search.own_rank is None else [f"its own image at rank&nbsp;<b>{search.own_rank:,}</b>"]
     if search.first_right is None:
         notes.append("no image of the set is known to be right")
     elif search.own_rank is None or search.right > 1:
-        notes.append(f"nearest of {plural(search.right, 'right image')} at rank <b>{search.first_right:,}</b>")
+        notes.append(f"nearest of {plural(search.right, 'right image')} at rank&nbsp;<b>{search.first_right:,}</b>")
     return notes
 
 
@@ -85,7 +85,7 @@ def _image_card(collection: Collection, sprite: Sprite, search: ImageSearch, fil
     else:
         assert search.own is not None
         key, kind, title = pair_key(search.own), "image of the set", collection.captions[search.own]
-        note = f'<p class="notes">own caption at rank <b>{search.own_rank:,}</b></p>'
+        note = f'<p class="notes">own caption at rank&nbsp;<b>{search.own_rank:,}</b></p>'
     found = "".join(
         caption_line(
             collection.captions[hit.pair], hit.similarity, kind="right" if hit.matches else "", several=hit.pairs

@@ -85,7 +85,7 @@ h3.sub + .note { margin-bottom: 16px; max-width: 76ch; }
 }
 .pic { width: 100%; height: 100%; display: block; }
 .frame.right, .tile.right .frame { border-color: var(--right); box-shadow: 0 0 0 1px var(--right); }
-.frame.wrong { border-color: var(--wrong); border-style: dashed; }
+.frame.wrong { border-color: var(--wrong); box-shadow: 0 0 0 1px var(--wrong); }
 .frame .mark {
   position: absolute; right: -7px; top: -7px; width: 22px; height: 22px; border-radius: 50%; background: var(--right);
   color: var(--card); font-size: .8125rem; font-weight: 700; display: grid; place-items: center;
