@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from evaluation.curves import DOTS_PER_INCH, FIGURE_INCHES
-from evaluation.gallery import gallery_size
+from evaluation.gallery_picture import gallery_size
 from evaluation.main import chosen_device, main, parse_args, read_queries
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
