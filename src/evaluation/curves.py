@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import matplotlib
 
@@ -14,14 +13,11 @@ matplotlib.use("Agg")  # before pyplot: no window, and no need of a display
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from evaluation.figure_style import COLORS, DOTS_PER_INCH, LAYOUT, LINE_STYLES, MUTED, STYLE
 from evaluation.records import Record, read_records
 
 FIGURE_INCHES = (12.0, 8.0)
-DOTS_PER_INCH = 120
-COLORS = ("#2f6fdf", "#e4572e", "#2a9d6f", "#8e5bd0", "#c98a00", "#5b6470", "#d1478f", "#1697a6")
-LINE_STYLES = ("-", "--", ":", "-.")
 
 
 def series(records: Iterable[Record], x: str, y: str) -> tuple[list[float], list[float]]:
@@ -49,8 +45,8 @@ def plot_curves(runs: Mapping[str, Path], path: Path) -> None:
     """
     metrics = {name: read_records(folder / "metrics.jsonl") for name, folder in runs.items()}
     results = {name: read_records(folder / "results.jsonl") for name, folder in runs.items()}
-    with plt.rc_context(_STYLE):
-        figure, panels = plt.subplots(2, 2, figsize=FIGURE_INCHES, layout=_LAYOUT)
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(2, 2, figsize=FIGURE_INCHES, layout=LAYOUT)
         _plot_loss(panels[0, 0], metrics)
         _plot_validation(panels[0, 1], results)
         _plot_training(panels[1, 0], metrics, ("temperature",), "temperature τ")
@@ -59,26 +55,6 @@ def plot_curves(runs: Mapping[str, Path], path: Path) -> None:
             _finish(panel)
         figure.savefig(path, dpi=DOTS_PER_INCH)
         plt.close(figure)
-
-
-_LAYOUT = ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.14, wspace=0.02, hspace=0.02)  # inches, and shares of a panel
-
-_STYLE: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#b6bcc6",
-    "axes.grid": True,
-    "grid.color": "#e8eaee",
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.titlesize": 11,
-    "xtick.color": "#5b6470",
-    "ytick.color": "#5b6470",
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
-}
 
 
 def _x_key(metrics: Mapping[str, Sequence[Record]]) -> str:
@@ -121,23 +97,25 @@ def _plot_validation(panel: Axes, results: Mapping[str, Sequence[Record]]) -> No
     """R@1 and top-1 of every run over epochs: a colour for the run, a line style for the metric."""
     panel.set_title("held-out accuracy, %")
     panel.set_xlabel("epoch")
-    names = sorted({key for records in results.values() for record in records for key in record if _is_headline(key)})
+    names = sorted({key for records in results.values() for record in records for key in record if is_headline(key)})
     for color, (run, records) in zip(_cycle(COLORS), results.items()):
         for style, name in zip(_cycle(LINE_STYLES), names):
             epochs, values = series(records, "epoch", name)
             if epochs:
-                label = _metric_label(name) if len(results) == 1 else f"{run}, {_metric_label(name)}"
+                label = metric_label(name) if len(results) == 1 else f"{run}, {metric_label(name)}"
                 percent = [100 * value for value in values]
                 panel.plot(epochs, percent, color=color, linestyle=style, marker="o", markersize=3.5, label=label)
     panel.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
 
 
-def _is_headline(name: str) -> bool:
+def is_headline(name: str) -> bool:
+    """Whether a validation metric is one that sums up a model: R@1 both ways, zero-shot top-1."""
     same_caption = "same_caption" in name
     return not same_caption and bool(re.search(r"(image_to_text|text_to_image)_R@1$|top-?1$|acc1$", name))
 
 
-def _metric_label(name: str) -> str:
+def metric_label(name: str) -> str:
+    """A validation metric's name in words."""
     label = (
         name.rsplit("/", 1)[-1].replace("image_to_text_", "image → text ").replace("text_to_image_", "text → image ")
     )
@@ -157,6 +135,6 @@ def _finish(panel: Axes) -> None:
         entries = {str(line.get_label()): line for line in reversed(lines)}
         panel.legend(list(entries.values())[::-1], list(entries)[::-1], fontsize=8.5)
         return
-    panel.text(0.5, 0.5, "not recorded", transform=panel.transAxes, ha="center", va="center", color="#9aa1ac")
+    panel.text(0.5, 0.5, "not recorded", transform=panel.transAxes, ha="center", va="center", color=MUTED)
     panel.set_xticks([])
     panel.set_yticks([])

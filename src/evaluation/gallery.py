@@ -43,6 +43,7 @@ from evaluation.run_folder import LoadedModel, RunFolder
 from evaluation.search import Query, read_query_file
 from evaluation.suite import Measured, Setting, encode_queries, measure_pairs
 from evaluation.thumbnails import Sprite
+from evaluation.whole_files import write_whole
 
 # Bounds the size of the page, with the number of images per search.
 MOST_SEARCHES = 32
@@ -218,22 +219,6 @@ def _heading(
     )
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that nobody sees half of it.
-
-    Raises:
-        UserError: if it cannot be written; an old one is still there.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"--out {path} cannot be written ({error.strerror}); choose another place.") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def make_gallery(args: argparse.Namespace) -> None:
     """Do what the command line says: look, build the page, write it."""
     if ranks.environment()[2] > 1:
@@ -250,7 +235,10 @@ def make_gallery(args: argparse.Namespace) -> None:
     for number, image in enumerate(given.images):
         sprite.add(file_key(number), image)
     page = build_page(content, sprite)
-    write_whole(out, page)
+    try:
+        write_whole(out, page)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror}); choose another place.") from None
     print(f"wrote {out} ({len(page.encode()) / 1e6:.2f} MB, {len(sprite)} images inside)")
 
 

@@ -18,7 +18,6 @@ if not __package__:
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
 
 from evaluation import precision
 from evaluation.errors import UserError, message_of
@@ -29,6 +28,7 @@ from evaluation.normalizers.subject import Subject, global_batch_size, open_subj
 from evaluation.ranks import Place, joined
 from evaluation.run_folder import Checkpoint, RunFolder
 from evaluation.suite import Setting
+from evaluation.whole_files import write_whole
 from neuclip.objectives import OBJECTIVES
 
 
@@ -163,8 +163,8 @@ def run_tool(args: argparse.Namespace) -> None:
     folder = Path(args.out) if args.out else runs[0].path
     folder.mkdir(parents=True, exist_ok=True)
     table = markdown(files)
-    (folder / "normalizer_error.md").write_text(table, encoding="utf-8")
-    pictures: list[Any] = write_picture(draw(files), folder / "normalizer_error")
+    write_whole(folder / "normalizer_error.md", table)
+    pictures = write_picture(draw(files), folder)
     print(table)
     print("wrote " + ", ".join(map(str, [folder / "normalizer_error.md", *pictures, *(file.path for file in files)])))
 

@@ -1,4 +1,4 @@
-"""Time between two log lines: how long a step took, and what share of it was spent without data."""
+"""Time between two log lines: how long a step and its parts took, and what share of it was spent without data."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from neuclip.stopwatch import Stopwatch
 from training.data import Batch
 
 
@@ -20,13 +21,15 @@ class Interval:
 
     Args:
         on_gpu: whether steps run on the current GPU.
+        stopwatch: times parts of the steps; restarted with the interval.
 
     Attributes:
         steps: steps begun.
     """
 
-    def __init__(self, on_gpu: bool) -> None:
+    def __init__(self, on_gpu: bool, stopwatch: Stopwatch) -> None:
         self.on_gpu = on_gpu
+        self.stopwatch = stopwatch
         self.restart()
 
     def restart(self) -> None:
@@ -34,6 +37,7 @@ class Interval:
         self.began = time.perf_counter()
         self.waited = 0.0
         self.steps = 0
+        self.stopwatch.restart()
         self._last: torch.cuda.Event | None = None
         self._gaps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -70,6 +74,10 @@ class Interval:
     def seconds_per_step(self) -> float:
         """Mean over the interval so far."""
         return (time.perf_counter() - self.began) / max(1, self.steps)
+
+    def section_seconds(self) -> dict[str, float]:
+        """Of each timed part its seconds per step, mean over the interval so far. Waits for the device."""
+        return {name: seconds / max(1, self.steps) for name, seconds in self.stopwatch.seconds().items()}
 
     def data_share(self) -> float:
         """Share of the interval without data, in [0, 1]. On a GPU the last step must have begun there: read its loss first."""

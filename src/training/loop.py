@@ -120,7 +120,7 @@ def train_one_epoch(
     training.model.train()
     state.objective.start_epoch(epoch)
     steps = training.loader.steps_per_epoch
-    interval = Interval(on_gpu=training.world.device.type == "cuda")
+    interval = Interval(training.world.device.type == "cuda", state.objective.stopwatch)
     bar = progress_bar(training.world, steps, f"epoch {epoch + 1}/{args.epochs}", first_step)
     with bar, _profiler(args, training.world, epoch, steps) as profiler:
         batches = training.batches(interval.timed(training.loader.epoch(epoch)))
@@ -185,6 +185,9 @@ def _log(training: Training, epoch: int, index: int, output: Output, interval: I
     device_values = {"loss": output.loss, "temperature": temperature, **output.metrics}
     for name, rate in training.rates.current().items():
         device_values[name] = torch.as_tensor(rate, dtype=torch.float64, device=world.device)
+    # Averaged over the ranks: in a collective all wait for the slowest, and the maximum would count the waiting as work.
+    for name, seconds in interval.section_seconds().items():
+        device_values[f"{name}_seconds"] = torch.as_tensor(seconds, dtype=torch.float64, device=world.device)
     values = reduce_metrics(device_values, world)
 
     per_step = interval.seconds_per_step()

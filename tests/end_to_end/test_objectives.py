@@ -19,7 +19,7 @@ from training.model import TwoTowers
 EPOCHS = 2
 GLOBAL_BATCH = 16
 STEPS = sum(SHARD_SIZES) // GLOBAL_BATCH
-TIMINGS = {"samples_per_second", "seconds_per_step", "data_wait_share"}
+TIMINGS = {"samples_per_second", "seconds_per_step", "data_wait_share", "objective_seconds", "normalizer_seconds"}
 
 
 def _flags(corpus: Corpus, objective: str, ranks: int, logs: Path, name: str) -> list[str]:

@@ -9,12 +9,14 @@ import pytest
 from PIL import Image
 
 from evaluation.curves import plot_curves, series
+from evaluation.figure_style import COLORS
 from evaluation.gallery_picture import MATCH, draw_gallery, gallery_size
 from evaluation.records import read_records
 from evaluation.report import Result, markdown, table_rows, terminal_table, write_report
 from evaluation.search import Hit, Query
 
 NAME = "retrieval/image_to_text_"
+FIRST_BLUE = tuple(bytes.fromhex(COLORS[0][1:]))
 
 
 def result(run: str, recall: float, rank: float, **metrics: float | None) -> Result:
@@ -87,8 +89,8 @@ def test_curves_show_what_is_there(tmp_path: Path) -> None:
     plot_curves({"empty": tmp_path / "empty"}, tmp_path / "none.png")
     with Image.open(tmp_path / "both.png") as both, Image.open(tmp_path / "none.png") as none:
         assert both.size == none.size == (1440, 960)
-        assert (47, 111, 223) in {color for _, color in both.convert("RGB").getcolors(1 << 20)}  # the first run's blue
-        assert (47, 111, 223) not in {color for _, color in none.convert("RGB").getcolors(1 << 20)}
+        assert FIRST_BLUE in {color for _, color in both.convert("RGB").getcolors(1 << 20)}  # the first run's blue
+        assert FIRST_BLUE not in {color for _, color in none.convert("RGB").getcolors(1 << 20)}
 
 
 def test_gallery_frames_and_thumbnails(tmp_path: Path) -> None:

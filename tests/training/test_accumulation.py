@@ -116,7 +116,7 @@ def _record(training: Training) -> dict[str, Any]:
     gradients: list[dict[str, Tensor]] = []
     training.state.optimizer.register_step_pre_hook(lambda *_: gradients.append(_gradients(training)))
     train_one_epoch(training, 0)
-    timings = ("samples_per_second", "seconds_per_step", "data_wait_share")
+    timings = ("samples_per_second", "seconds_per_step", "data_wait_share", "objective_seconds", "normalizer_seconds")
     logged = [{k: v for k, v in line.items() if k not in timings} for _, line in training.reporter.lines]  # type: ignore[attr-defined]
     return {
         "gradients": gradients,

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
+from neuclip.stopwatch import Stopwatch
 from ranks import run_on_ranks
 from small_training import ALONE, CPU, make_args
 from training.boundary import FAILED, FEWEST_JUDGED, Boundary, Ending
@@ -91,7 +92,7 @@ class Rank:
         """Take one."""
         self.training.state.step += 1
         self.now += self.seconds
-        return self.boundary.after_step(self.training.state.step, Interval(on_gpu=False))
+        return self.boundary.after_step(self.training.state.step, Interval(False, Stopwatch()))
 
     def steps(self, count: int, before: Callable[[int], None] = lambda _: None) -> dict[int, Ending]:
         """Take some, as long as none ends the run; `before` is called with each one's number."""

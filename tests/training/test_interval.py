@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from neuclip.stopwatch import Stopwatch
 from training.interval import Interval
 
 
@@ -17,7 +18,7 @@ def test_waiting_is_told_from_working() -> None:
             time.sleep(0.02)
             yield object()
 
-    interval = Interval(on_gpu=False)
+    interval = Interval(False, Stopwatch())
     for _ in interval.timed(slow()):  # type: ignore[arg-type]
         interval.step_begins()
         time.sleep(0.06)
@@ -26,6 +27,20 @@ def test_waiting_is_told_from_working() -> None:
     assert interval.seconds_per_step() >= 0.08
     interval.restart()
     assert (interval.steps, interval.waited) == (0, 0.0)
+
+
+def test_sections_are_told_per_step_and_begin_anew_with_the_interval() -> None:
+    stopwatch = Stopwatch()
+    interval = Interval(False, stopwatch)
+    for _ in range(4):
+        interval.step_begins()
+        with stopwatch.section("part", torch.device("cpu")):
+            time.sleep(0.02)
+        interval.step_ends()
+    assert 0.02 <= interval.section_seconds()["part"] < 0.04
+    assert interval.section_seconds()["part"] <= interval.seconds_per_step()
+    interval.restart()
+    assert interval.section_seconds() == {}
 
 
 class Device:
@@ -65,7 +80,7 @@ def test_a_device_is_short_of_data_only_when_it_has_nothing_to_do(
             time.sleep(loading)
             yield object()
 
-    interval = Interval(on_gpu=True)
+    interval = Interval(True, Stopwatch())
     for _ in interval.timed(batches()):  # type: ignore[arg-type]
         interval.step_begins()
         device.work(computing)

@@ -113,6 +113,17 @@ def test_logs_first_last_and_every_nth_step() -> None:
         assert 0 <= line["data_wait_share"] <= 1
 
 
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
+def test_logs_the_time_of_the_objective(objective: str) -> None:
+    training = make_training(make_args(*_flags(objective), "--log-every-n-steps", "2"), make_batches(6, 4))
+    train_one_epoch(training, 0)
+    has_normalizer = objective in ("fastclip", "neuclip", "amorlip")
+    for _, line in training.reporter.lines:  # type: ignore[attr-defined]
+        assert 0 < line["objective_seconds"] < line["seconds_per_step"]
+        assert ("normalizer_seconds" in line) == has_normalizer
+        assert 0 <= line.get("normalizer_seconds", 0.0) < line["objective_seconds"]
+
+
 def test_temperature_alone_can_learn() -> None:
     training = make_training(make_args("--epochs", "2"), make_batches(2, 4), model_class=FrozenTowers)
     train_one_epoch(training, 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from evaluation.curves import _STYLE, COLORS
+from evaluation.figure_style import COLORS, STYLE, save_figure
 from evaluation.run_folder import Checkpoint, RunFolder
+from evaluation.whole_files import write_whole
 
 Record = dict[str, Any]
 
@@ -64,9 +64,7 @@ class ErrorFile:
     def write(self) -> None:
         """Write the file, whole or not at all."""
         content = {"run": self.run.name, "objective": self.run.objective, "records": self._records}
-        part = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(part, self.path)
+        write_whole(self.path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def markdown(files: Sequence[ErrorFile]) -> str:
@@ -118,7 +116,7 @@ def draw(files: Sequence[ErrorFile]) -> Figure:
     """Errors over samples seen: a panel for each global batch size, a colour for each objective, a line style for each
     estimate. The vertical axis is logarithmic."""
     batches = sorted({file.setting["batch"] for file in files})
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, panels = plt.subplots(
             1, len(batches), figsize=(5.6 * len(batches), 4.4), layout="constrained", sharey=True, squeeze=False
         )
@@ -148,10 +146,8 @@ def _draw_run(panel: Axes, file: ErrorFile, color: str) -> None:
             panel.plot(samples, points, line, color=color, label=label, marker="o", markersize=3.5)
 
 
-def write_picture(figure: Figure, path: Path) -> list[Path]:
-    """PATH.png and PATH.pdf."""
-    written = [path.with_suffix(suffix) for suffix in (".png", ".pdf")]
-    for each in written:
-        figure.savefig(each, dpi=150, metadata={"CreationDate": None} if each.suffix == ".pdf" else None)
+def write_picture(figure: Figure, folder: Path) -> list[Path]:
+    """normalizer_error.pdf and .png in a folder."""
+    written = save_figure(figure, folder, "normalizer_error")
     plt.close(figure)
     return written

@@ -128,7 +128,8 @@ class AmorLIP(Objective):
             batch = gather_batch(image_features, text_features, self.chunk_rows)
             log_means = batch_log_means(batch, logit_scale)
             positive = batch.positive * logit_scale + (0.0 if logit_bias is None else logit_bias)
-            estimates, fit_losses = self._fit(batch, log_means, positive[batch.local], logit_scale)
+            with self.normalizer_section(image_features.device):
+                estimates, fit_losses = self._fit(batch, log_means, positive[batch.local], logit_scale)
             log_normalizers = distributed.all_gather(estimates, dim=1)
             pairs = weighted_pairs(batch, log_normalizers - positive, logit_scale)
             value, gradients = self._value_and_gradients(batch, pairs, estimates, positive[batch.local], logit_scale)

@@ -6,6 +6,7 @@ import enum
 import math
 from argparse import Namespace, _ArgumentGroup
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from neuclip import distributed
+from neuclip.stopwatch import NORMALIZER, OBJECTIVE, Stopwatch
 
 
 class TemperatureLearning(enum.Enum):
@@ -102,6 +104,10 @@ class Objective(nn.Module):
         chunk_rows: rows of a rank's B×N block of pairs that are formed at a time; None for the method's own choice.
         step, epoch: optimizer steps taken so far; current epoch, from 0. Part of the state dict.
         log_eps: log ε of α = log(ε + g); −inf where the method has none.
+        stopwatch: times `forward` as "objective" and, within it, what the method does for its normalizers as "normalizer"; a
+            loop reads and restarts it. Not in it is the backward pass, which is one with that of the towers: here it only
+            multiplies gradients that `forward` has formed, except in losses of open_clip, which autograd differentiates.
+            Metrics, which are formed in steps that report, are in it. No part of the state dict.
 
     Parameters with requires_grad are for the outer optimizer, with weight decay `outer_weight_decay`; their gradient is the
     same on every rank when `backward` returns. On several ranks `state_dict` is a collective: all call it, all get the
@@ -127,6 +133,7 @@ class Objective(nn.Module):
         self.chunk_rows: int | None = None
         self.step = 0
         self.epoch = 0
+        self.stopwatch = Stopwatch()
         self._share: int | None = None
 
     @classmethod
@@ -180,7 +187,8 @@ class Objective(nn.Module):
             ValueError: shapes differ, or ranks hold shares of different size.
         """
         self._check_shares(image_features, text_features)
-        with torch.autocast(image_features.device.type, enabled=False):
+        device = image_features.device
+        with self.stopwatch.section(OBJECTIVE, device), torch.autocast(device.type, enabled=False):
             output = self.compute(
                 _at_least_float32(image_features),
                 _at_least_float32(text_features),
@@ -217,6 +225,10 @@ class Objective(nn.Module):
     ) -> Output:
         """The method itself. Same arguments as `forward`, in float32 or float64, with autocast off."""
         raise NotImplementedError
+
+    def normalizer_section(self, device: torch.device) -> AbstractContextManager[None]:
+        """To be put around what `compute` does for its normalizers: remember, train, predict."""
+        return self.stopwatch.section(NORMALIZER, device)
 
     @torch.no_grad()
     def recall(

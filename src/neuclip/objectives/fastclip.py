@@ -214,8 +214,9 @@ class FastCLIP(Objective):
         if keys is None:
             raise ValueError("objective fastclip needs the samples' integer keys")
         batch = gather_batch(image_features, text_features, self.chunk_rows)
-        all_keys = distributed.all_gather(keys, dim=0)
-        return batch, all_keys, self.table.read(all_keys).T.to(batch.features.dtype)
+        with self.normalizer_section(batch.features.device):
+            all_keys = distributed.all_gather(keys, dim=0)
+            return batch, all_keys, self.table.read(all_keys).T.to(batch.features.dtype)
 
     @torch.no_grad()
     def _metrics(self, batch: GlobalBatch, averages: Averages, logit_scale: Tensor) -> dict[str, Tensor]:
@@ -228,14 +229,16 @@ class FastCLIP(Objective):
         """The moving averages after this batch; `remembered` [columns, N] is what the table has."""
         log_means = batch_log_means(batch, logit_scale)
         log_estimate = distributed.all_gather(add_log_eps(log_means, self.log_eps), dim=1)
-        mixed = log_mix(remembered[:2], log_estimate, self.gamma.at(self.epoch, self.step))
-        # Also if a broken batch left something that is no number.
-        log_u = torch.where(torch.isfinite(remembered[:2]), mixed, log_estimate)
+        with self.normalizer_section(batch.features.device):
+            mixed = log_mix(remembered[:2], log_estimate, self.gamma.at(self.epoch, self.step))
+            # Also if a broken batch left something that is no number.
+            log_u = torch.where(torch.isfinite(remembered[:2]), mixed, log_estimate)
         return Averages(log_means, log_estimate, log_u)
 
     def _remember(self, keys: Tensor, values: Tensor, old: Tensor) -> None:
         """Write columns [columns, N], but nothing that is no number: it would spoil its sample for good."""
-        self.table.write(keys, torch.where(torch.isfinite(values), values, old).T)
+        with self.normalizer_section(values.device):
+            self.table.write(keys, torch.where(torch.isfinite(values), values, old).T)
 
     def _value_and_scale_gradient(
         self, pairwise: PairwiseGradient, log_u: Tensor, logit_scale: Tensor

@@ -118,10 +118,11 @@ class NeuCLIP(Objective):
             log_means = batch_log_means(batch, logit_scale)
             log_estimate = distributed.all_gather(add_log_eps(log_means, self.log_eps), dim=1)
 
-            self.normalizer.observe(batch)
-            if self._restart_is_due():
-                self.normalizer.restart(batch)
-            learnt = self.optimization.learn(self.normalizer, batch, log_estimate, logit_scale, self.report)
+            with self.normalizer_section(image_features.device):
+                self.normalizer.observe(batch)
+                if self._restart_is_due():
+                    self.normalizer.restart(batch)
+                learnt = self.optimization.learn(self.normalizer, batch, log_estimate, logit_scale, self.report)
             gamma = 0.0 if self.gamma is None else self.gamma.at(self.epoch, self.step)
             log_normalizers = log_mix(learnt.log_normalizers, log_estimate, gamma)
 

@@ -15,7 +15,7 @@ from end_to_end.runs import flat_tensors, read_checkpoint_file, read_lines
 
 WAIT = 120.0
 # What no two runs have in common.
-TIMES = ("samples_per_second", "seconds_per_step", "data_wait_share")
+TIMES = ("samples_per_second", "seconds_per_step", "data_wait_share", "objective_seconds", "normalizer_seconds")
 
 
 @dataclass
