@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import matplotlib
 
@@ -17,28 +15,9 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from evaluation.figure_style import COLORS, DOTS_PER_INCH, LAYOUT, LINE_STYLES, MUTED, STYLE
+from evaluation.records import Record, read_records
 
 FIGURE_INCHES = (12.0, 8.0)
-
-Record = dict[str, Any]
-
-
-def read_records(path: Path) -> list[Record]:
-    """The JSON objects of a file with one per line; none if the file is missing.
-
-    Lines that are no object are left out: a run that was killed may have written half of its last line.
-    """
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
 
 
 def series(records: Iterable[Record], x: str, y: str) -> tuple[list[float], list[float]]:

@@ -32,3 +32,9 @@ def reason_of(error: Exception) -> str:
         return "it is no checkpoint, or holds more than tensors and plain values"
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def message_of(error: BaseException) -> str:
+    """The one line of a UserError; from a loader process it arrives under that process's traceback, as the last line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].removeprefix("evaluation.errors.UserError: ")

@@ -64,6 +64,20 @@ def normalized(embeddings: Tensor) -> Tensor:
         return F.normalize(embeddings.float(), dim=-1)
 
 
+def encode_batch(
+    model: DualEncoder,
+    batch: Batch,
+    device: torch.device | str,
+    autocast_context: AutocastContext,
+    image_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Image and text features, [B, d] float32, L2-normalised, of a batch's `image` and `text`; within `evaluating`."""
+    with autocast_context():
+        image = model.encode_image(batch["image"].to(device, image_dtype, non_blocking=True))
+        text = model.encode_text(batch["text"].to(device, non_blocking=True))
+    return normalized(image), normalized(text)
+
+
 class PairShare(NamedTuple):
     """One rank's share of encoded pairs: image and text features [n, d] (n may be 0), global indices [n] int64."""
 
@@ -93,11 +107,9 @@ def encode_share(
     images, texts, indices = [], [], [torch.empty(0, dtype=torch.int64)]
     with evaluating(model):
         for batch in loader:
-            with autocast_context():
-                image = model.encode_image(batch["image"].to(device, image_dtype, non_blocking=True))
-                text = model.encode_text(batch["text"].to(device, non_blocking=True))
-            images.append(normalized(image))
-            texts.append(normalized(text))
+            image, text = encode_batch(model, batch, device, autocast_context, image_dtype)
+            images.append(image)
+            texts.append(text)
             indices.append(batch["index"])
     return PairShare(_stacked(images, device), _stacked(texts, device), torch.cat(indices))
 

@@ -1,218 +1,258 @@
-"""A page of searches: text queries and the images nearest to them, as a picture."""
+#!/usr/bin/env python3
+"""A look inside a run, as one HTML page: searches both ways, the hardest negatives, and what prototypes stand for.
+
+    python src/evaluation/gallery.py --train_output_dir logs/NAME --pairs 'data/test/{00000..00001}.tar' \
+        --query "a red bicycle" --images cat.jpg --random 8 --out gallery.html
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
+import sys
 from pathlib import Path
+
+if not __package__:
+    # As a script, Python puts this folder first on the path; its modules would hide packages of the same names.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import os
+import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import matplotlib
-from PIL import Image, ImageDraw, ImageFont
+import torch
+from PIL import Image
 from torch import Tensor
 
-NEIGHBOURS = 6
+from evaluation import ranks
+from evaluation.csv_pairs import CsvPairs
+from evaluation.datasets import PairDataset, decode_image
+from evaluation.errors import UserError
+from evaluation.features import PairFeatures, evaluating, normalized
+from evaluation.gallery_content import (
+    Collection,
+    find_negatives,
+    search_captions,
+    search_images,
+    view_prototypes,
+)
+from evaluation.gallery_markup import file_key, pair_key
+from evaluation.gallery_page import Content, Heading, build_page, shown_pairs
+from evaluation.prototype_usage import read_prototypes
+from evaluation.run_folder import LoadedModel, RunFolder
+from evaluation.search import Query, read_query_file
+from evaluation.suite import Measured, Setting, encode_queries, measure_pairs
+from evaluation.thumbnails import Sprite
+from evaluation.whole_files import write_whole
 
-THUMBNAIL = 128
-PADDING = 9  # white between a thumbnail and its border
-TILE = THUMBNAIL + 2 * PADDING
-GAP = 16
-MARGIN = 48
-QUERY_WIDTH = 256
-HEADER = 128
-ROW = TILE + 52
-FOOTER = 92
-WIDTH = MARGIN + QUERY_WIDTH + NEIGHBOURS * (TILE + GAP) - GAP + MARGIN
-
-INK, GREY, LIGHT, HAIRLINE = "#1c2026", "#6b7380", "#9aa1ac", "#e3e6ea"
-BORDER, MATCH = "#d5d9df", "#2f9e63"
-RADIUS = 14
-# Shapes are drawn this much larger and scaled down, which is what makes their edges smooth.
-OVERSAMPLING = 4
-
-
-class Query(NamedTuple):
-    """A text to search for, and the concept that right images show (empty: judged by the text alone)."""
-
-    text: str
-    concept: str = ""
+# Bounds the size of the page, with the number of images per search.
+MOST_SEARCHES = 32
 
 
-class Hit(NamedTuple):
-    """One image found: its index in the set, cosine similarity, and whether it is what the query asks for."""
+class Given(NamedTuple):
+    """What the user asks about: texts, and images with their names."""
 
-    image: int
-    similarity: float
-    matches: bool
-
-
-def is_match(query: Query, caption: str, concept: str) -> bool:
-    """Whether an image is what a query asks for: its concept is the query's, or its caption or concept is the text."""
-    text = query.text.strip().casefold()
-    if query.concept and query.concept.strip().casefold() == concept.strip().casefold():
-        return True
-    return text in (caption.strip().casefold(), concept.strip().casefold())
+    queries: list[Query]
+    images: list[Image.Image]
+    names: list[str]
 
 
-def nearest_images(
-    queries: Sequence[Query],
-    query_features: Tensor,
-    image_features: Tensor,
-    describe: Callable[[int], tuple[str, str]],
-    number: int = NEIGHBOURS,
-) -> list[list[Hit]]:
-    """The images nearest to each query.
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """Flags → namespace. `-` and `_` inside a flag's name mean the same."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--train_output_dir", required=True, metavar="DIR", help="the run's folder, logs/NAME")
+    parser.add_argument("--epoch", type=int, help="look at epoch_N.pt (default: the newest checkpoint)")
+    parser.add_argument("--iter", type=int, help="look at iter_S.pt instead of an epoch")
+    parser.add_argument(
+        "--pairs", metavar="SHARDS", help="pairs to search: webdataset shards (default: the run's validation pairs)"
+    )
+    parser.add_argument("--query", nargs="+", default=[], metavar="TEXT", help="texts to search images for")
+    parser.add_argument("--queries", metavar="JSON", help='more of them: a list of strings or {"text", "concept"}')
+    parser.add_argument("--images", nargs="+", default=[], metavar="FILE", help="images to search captions for")
+    parser.add_argument(
+        "--random", type=int, default=6, metavar="K", help="also K captions and K images of the pairs (default: 6)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of --random (default: 0)")
+    parser.add_argument("--out", metavar="HTML", help="the page (default: gallery.html in the run's folder)")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 …")
+    parser.add_argument("--batch_size", type=int, default=256, help="samples encoded at a time")
+    parser.add_argument("--workers", type=int, default=2, help="loader processes")
+    args = parser.parse_args([_underscored(argument) for argument in argv])
+    if args.batch_size < 1 or args.workers < 0:
+        raise UserError(f"--batch_size {args.batch_size} --workers {args.workers}: at least 1 and at least 0, please.")
+    for flag, number in (("query", len(args.query)), ("images", len(args.images)), ("random", args.random)):
+        if not 0 <= number <= MOST_SEARCHES:
+            raise UserError(f"--{flag}: {number} is too many or too few, one page shows 0 to {MOST_SEARCHES}.")
+    return args
+
+
+def _underscored(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    name, separator, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + separator + value
+
+
+def read_given(args: argparse.Namespace) -> Given:
+    """The queries and images that the flags name.
+
+    Raises:
+        UserError: for a file that is missing or broken.
+    """
+    queries = [Query(text) for text in args.query]
+    if args.queries:
+        more = read_query_file(args.queries)
+        room = MOST_SEARCHES - len(queries)
+        if len(more) > room:
+            print(f"--queries {args.queries}: the first {room} of {len(more)}; one page shows {MOST_SEARCHES}.")
+        queries += more[:room]
+    images = []
+    for path in map(Path, args.images):
+        try:
+            images.append(decode_image(path.read_bytes(), f"--images {path}"))
+        except OSError as error:
+            raise UserError(f"--images {path} cannot be read ({error.strerror}); correct the path.") from None
+    return Given(queries, images, [Path(path).name for path in args.images])
+
+
+def open_pairs(run: RunFolder, pattern: str | None, loaded: LoadedModel | None = None) -> tuple[PairDataset, str]:
+    """The pairs of --pairs, or else those the run was validated on, as params.txt says.
 
     Args:
-        queries: Q queries.
-        query_features: [Q, d] float32, L2-normalised.
-        image_features: [N, d] float32, L2-normalised.
-        describe: index of an image → its caption and its concept.
-        number: images per query; fewer if the set is smaller.
+        pattern: of --pairs.
+        loaded: gives transform and tokenizer; without it there are only images and captions.
 
     Returns:
-        Q lists of hits, nearest first.
+        The pairs, and where they are from.
+
+    Raises:
+        UserError: if there are none.
     """
-    found = (query_features @ image_features.T).topk(min(number, len(image_features)), dim=1)
-    return [
-        [Hit(index, similarity, is_match(query, *describe(index))) for index, similarity in zip(indices, similarities)]
-        for query, indices, similarities in zip(queries, found.indices.tolist(), found.values.tolist())
-    ]
+    transforms = (loaded.preprocess_val, loaded.tokenizer) if loaded else (None, None)
+    if pattern:
+        return PairDataset(pattern, *transforms), pattern
+    own = run.params.get("val_data")
+    if not own:
+        raise UserError(
+            f"{run.path}/params.txt says val_data: {own}, so there is nothing to search: give --pairs SHARDS."
+        )
+    own, limit = str(own), run.params.get("val_num_samples")
+    try:
+        if run.params.get("dataset_type") == "csv" or own.lower().endswith((".csv", ".tsv")):
+            keys = {"image_key": "csv_img_key", "caption_key": "csv_caption_key", "separator": "csv_separator"}
+            columns = {name: str(run.params[key]) for name, key in keys.items() if run.params.get(key)}
+            return CsvPairs(own, *transforms, limit=limit, **columns), own
+        return PairDataset(own, *transforms, limit=limit), own
+    except UserError as error:
+        raise UserError(f"val_data of {run.path}/params.txt: {error} Or give --pairs SHARDS.") from None
 
 
-def gallery_size(number_of_queries: int) -> tuple[int, int]:
-    """Width and height of the picture in pixels."""
-    return WIDTH, HEADER + number_of_queries * ROW + FOOTER
+def chosen_output(run: RunFolder, path: str | None) -> Path:
+    """The file to write.
 
-
-def draw_gallery(
-    path: Path,
-    title: str,
-    subtitle: str,
-    queries: Sequence[Query],
-    hits: Sequence[Sequence[Hit]],
-    image: Callable[[int], Image.Image],
-    searched: int,
-) -> None:
-    """Draw the page and write it as PNG.
-
-    Args:
-        path: the file to write.
-        title: the header line, large: the run.
-        subtitle: the line under it: objective, epoch, model.
-        queries: Q queries, one row each.
-        hits: Q lists of at most NEIGHBOURS hits.
-        image: index → the RGB image.
-        searched: how many images were searched.
+    Raises:
+        UserError: if it is a folder, or its folder is missing or cannot be written to.
     """
-    page = Image.new("RGB", gallery_size(len(queries)), "white")
-    draw = ImageDraw.Draw(page)
-    _text(draw, (MARGIN, 52), title, 26, INK, bold=True, width=WIDTH - 2 * MARGIN)
-    _text(draw, (MARGIN, 82), subtitle, 14, GREY, width=WIDTH - 2 * MARGIN)
-    for number, (query, found) in enumerate(zip(queries, hits)):
-        top = HEADER + number * ROW
-        draw.line((MARGIN, top - 15, WIDTH - MARGIN, top - 15), fill=HAIRLINE)
-        _draw_query(draw, query.text, top)
-        for place, hit in enumerate(found):
-            left = MARGIN + QUERY_WIDTH + place * (TILE + GAP)
-            _draw_hit(page, draw, image(hit.image), hit, left, top)
-    _draw_footer(draw, page.height, searched)
-    page.save(path)
+    chosen = Path(path) if path else run.path / "gallery.html"
+    if chosen.is_dir():
+        raise UserError(f"--out {chosen} is a folder; give the name of a file, gallery.html.")
+    if not chosen.parent.is_dir() or not os.access(chosen.parent, os.W_OK):
+        raise UserError(f"--out {chosen}: {chosen.parent} is no folder that can be written to; make it first.")
+    return chosen
 
 
-def _draw_query(draw: ImageDraw.ImageDraw, query: str, top: int) -> None:
-    """The query in quotes, in at most four lines, centred on the thumbnails."""
-    lines = _wrapped(f"“{query}”", _font(17, False), QUERY_WIDTH - 30)
-    if len(lines) > 4:
-        lines = [*lines[:3], lines[3].rstrip("”,. ") + " …”"]
-    first = top + TILE // 2 - (len(lines) - 1) * 12
-    for number, line in enumerate(lines):
-        draw.text((MARGIN, first + number * 24), line, font=_font(17, False), fill=INK, anchor="lm")
-
-
-def _draw_hit(page: Image.Image, draw: ImageDraw.ImageDraw, image: Image.Image, hit: Hit, left: int, top: int) -> None:
-    """A rounded thumbnail with a thin border, green where it matches, and the similarity under it."""
-    tile, mask = _tile(image, MATCH if hit.matches else BORDER, 3 if hit.matches else 1)
-    page.paste(tile, (left, top), mask)
-    color = MATCH if hit.matches else GREY
-    text = f"{hit.similarity:.2f}".replace("-", "−")
-    draw.text((left + TILE // 2, top + TILE + 14), text, font=_font(12, hit.matches), fill=color, anchor="mm")
-
-
-def _tile(image: Image.Image, border: str, thickness: int) -> tuple[Image.Image, Image.Image]:
-    """A square tile with the whole image on white inside a rounded border, and the tile's own rounded mask."""
-    scale = min(THUMBNAIL / image.width, THUMBNAIL / image.height)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    square = Image.new("RGB", (TILE, TILE), "white")
-    square.paste(
-        image.convert("RGB").resize(size, Image.Resampling.LANCZOS),
-        ((TILE - size[0]) // 2, (TILE - size[1]) // 2),
+def build_content(
+    run: RunFolder, args: argparse.Namespace, given: Given, device: torch.device, prototypes: Tensor | str
+) -> Content:
+    """Load the checkpoint, encode the pairs, search."""
+    checkpoint = run.checkpoint(args.epoch, args.iter)
+    loaded = run.load_model(args.epoch, args.iter, device)
+    setting = Setting(device=device, batch_size=args.batch_size, workers=args.workers)
+    pairs, source = open_pairs(run, args.pairs, loaded)
+    print(f"{run.name}, {checkpoint.label}: {pairs.total:,} pairs …", flush=True)
+    measured, features = measure_pairs(loaded.model, pairs, setting)
+    temperature = (-loaded.model.logit_scale.detach().double()).exp().item()  # type: ignore[attr-defined]
+    collection = Collection(pairs, features)
+    chosen = random.Random(args.seed)
+    own = [sorted(chosen.sample(range(pairs.total), min(args.random, pairs.total))) for _ in range(2)]
+    queries = [*given.queries, *map(collection.query, own[0])]
+    texts = [query.text for query in queries]
+    query_features = (
+        encode_queries(loaded.model, loaded.tokenizer, texts, setting) if texts else features.text_features[:0]
     )
-    tile = Image.new("RGB", square.size, border)
-    tile.paste(square, (0, 0), _rounded(thickness))
-    return tile, _rounded(0)
-
-
-@cache
-def _rounded(inset: int) -> Image.Image:
-    """A mask of a rounded square, `inset` pixels inside the tile's edge, with smooth edges."""
-    side = TILE * OVERSAMPLING
-    mask = Image.new("L", (side, side), 0)
-    edge = inset * OVERSAMPLING
-    ImageDraw.Draw(mask).rounded_rectangle(
-        (edge, edge, side - 1 - edge, side - 1 - edge), (RADIUS - inset) * OVERSAMPLING, fill=255
+    return Content(
+        heading=_heading(run, checkpoint.label, source, temperature, measured, args),
+        collection=collection,
+        texts=search_images(collection, queries, query_features, [*(None for _ in given.queries), *own[0]]),
+        images=search_captions(collection, own[1], encode_files(loaded, given.images, features, device)),
+        file_names=given.names,
+        negatives=find_negatives(collection),
+        prototypes=prototypes if isinstance(prototypes, str) else view_prototypes(collection, prototypes, temperature),
     )
-    return mask.resize((TILE, TILE), Image.Resampling.BOX)
 
 
-def _draw_footer(draw: ImageDraw.ImageDraw, height: int, searched: int) -> None:
-    top = height - FOOTER + 14
-    draw.line((MARGIN, top - 15, WIDTH - MARGIN, top - 15), fill=HAIRLINE)
-    text = f"The {NEIGHBOURS} nearest of {searched:,} held-out images, by cosine similarity (the number under each)."
-    _text(draw, (MARGIN, top + 14), text, 12, GREY, width=WIDTH - 2 * MARGIN)
-    draw.rounded_rectangle((MARGIN, top + 30, MARGIN + 14, top + 44), 4, outline=MATCH, width=2)
-    meaning = "Green frame: the image shows the concept that was asked for, or its own caption is the query."
-    _text(draw, (MARGIN + 24, top + 38), meaning, 12, GREY, width=WIDTH - 2 * MARGIN - 24)
+def encode_files(
+    loaded: LoadedModel, images: Sequence[Image.Image], features: PairFeatures, device: torch.device
+) -> Tensor:
+    """Features of a few images: [F, d] float32, L2-normalised, on the device."""
+    if not images:
+        return features.image_features[:0]
+    with evaluating(loaded.model):
+        batch = torch.stack([loaded.preprocess_val(image) for image in images])
+        return normalized(loaded.model.encode_image(batch.to(device)))
 
 
-def _text(
-    draw: ImageDraw.ImageDraw,
-    position: tuple[int, int],
-    text: str,
-    size: int,
-    color: str,
-    *,
-    bold: bool = False,
-    width: int,
-) -> None:
-    """One line of text, shortened to `width` pixels, its left middle at `position`."""
-    font = _font(size, bold)
-    if font.getlength(text) > width:
-        while text and font.getlength(text + "…") > width:
-            text = text[:-1]
-        text += "…"
-    draw.text(position, text, font=font, fill=color, anchor="lm")
+def _heading(
+    run: RunFolder, label: str, source: str, temperature: float, measured: Measured, args: argparse.Namespace
+) -> Heading:
+    return Heading(
+        run=run.name,
+        objective=run.objective,
+        model=str(run.params["model"]),
+        checkpoint=label,
+        # Where the rest of the path leads on this machine is nobody's business.
+        data=" + ".join("/".join(Path(part).parts[-2:]) for part in source.split("::")),
+        temperature=temperature,
+        metrics=measured.metrics,
+        chance=measured.chance,
+        made=f"Random captions and images: {args.random} each, seed {args.seed}.",
+    )
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Lines of whole words that fit `width` pixels; a longer word is broken."""
-    lines = [""]
-    for word in text.split():
-        joined = f"{lines[-1]} {word}".strip()
-        if font.getlength(joined) <= width:
-            lines[-1] = joined
-            continue
-        if lines[-1]:
-            lines.append("")
-        for letter in word:
-            if font.getlength(lines[-1] + letter) > width:
-                lines.append("")
-            lines[-1] += letter
-    return lines
+def make_gallery(args: argparse.Namespace) -> None:
+    """Do what the command line says: look, build the page, write it."""
+    if ranks.environment()[2] > 1:
+        raise UserError("gallery.py is one process: start it with python, not with torchrun or several srun tasks.")
+    run = RunFolder(args.train_output_dir)
+    checkpoint = run.checkpoint(args.epoch, args.iter)
+    out, given = chosen_output(run, args.out), read_given(args)
+    open_pairs(run, args.pairs)
+    with ranks.joined(args.device) as place:
+        content = build_content(run, args, given, place.device, read_prototypes(checkpoint.path))
+    sprite = Sprite()
+    for i in shown_pairs(content):
+        sprite.add(pair_key(i), content.collection.pairs.image(i))
+    for number, image in enumerate(given.images):
+        sprite.add(file_key(number), image)
+    page = build_page(content, sprite)
+    try:
+        write_whole(out, page)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror}); choose another place.") from None
+    print(f"wrote {out} ({len(page.encode()) / 1e6:.2f} MB, {len(sprite)} images inside)")
 
 
-@cache
-def _font(size: int, bold: bool) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib: the picture is the same on every machine."""
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line tool; returns the exit status. A user's mistake is one line on stderr and status 2."""
+    try:
+        make_gallery(parse_args(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        # From a loader process the message arrives under that process's traceback: the last line is ours.
+        message = str(error).strip().splitlines()[-1].removeprefix("evaluation.errors.UserError: ")
+        print(f"error: {message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

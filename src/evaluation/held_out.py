@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from evaluation.curves import plot_curves
 from evaluation.datasets import PairDataset, open_classification
 from evaluation.errors import UserError
 from evaluation.features import PairFeatures
-from evaluation.gallery import Query, draw_gallery, nearest_images
+from evaluation.gallery_picture import draw_gallery
 from evaluation.ranks import Place
 from evaluation.report import Result, print_table, write_report
 from evaluation.run_folder import LoadedModel, RunFolder, Subject
+from evaluation.search import Query, nearest_images, read_query_file
 from evaluation.suite import Measured, Setting, encode_queries, measure_classification, measure_pairs
 
 MOST_QUERIES = 8
@@ -72,20 +72,7 @@ def read_queries(path: str | None, texts: Sequence[str], pairs: PairDataset) -> 
     if path is None:
         captions = list(dict.fromkeys(pairs.captions()))
         return [Query(text) for text in captions[:: -(-len(captions) // MOST_QUERIES)]]
-    try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--queries {path} cannot be read ({error}); give a JSON list of queries.") from None
-    queries = []
-    for entry in entries if isinstance(entries, list) else [None]:
-        facts: dict[str, Any] = entry if isinstance(entry, dict) else {"text": entry if isinstance(entry, str) else ""}
-        text = facts.get("text") or facts.get("query")
-        if not text:
-            raise UserError(f'--queries {path} must be a JSON list of strings or of objects with "text" and "concept".')
-        queries.append(Query(str(text), str(facts.get("concept") or "")))
-    if not queries:
-        raise UserError(f"--queries {path} is an empty list; give at least one query.")
-    return queries[:MOST_QUERIES]
+    return read_query_file(path)[:MOST_QUERIES]
 
 
 def evaluate_run(sets: HeldOut, subject: Subject, loaded: LoadedModel, setting: Setting, place: Place) -> Evaluated:

@@ -72,6 +72,7 @@ class RunFolder:
     Attributes:
         path: the folder.
         params: the run's parameters; numbers, booleans, None, lists and tuples are parsed, everything else stays text.
+        texts: the parameters as they stand in the file.
 
     Raises:
         UserError: if the folder is missing, has no params.txt and no architecture is given, or names another one.
@@ -82,12 +83,10 @@ class RunFolder:
         file = self.path / "params.txt"
         if not self.path.is_dir():
             raise UserError(f"run folder {self.path} does not exist; give the folder that training wrote, logs/NAME.")
-        if file.is_file():
-            self.params = parse_params(file.read_text(encoding="utf-8"))
-        elif architecture is not None:
-            self.params = {"model": architecture}
-        else:
+        if not file.is_file() and architecture is None:
             raise UserError(f"{file} is missing: give logs/NAME, or --arch MODEL for another trainer's folder.")
+        self.texts = param_texts(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        self.params = {name: _parsed(text) for name, text in self.texts.items()}
         trained = self.params.setdefault("model", architecture)
         if architecture is not None and _spelled(trained) != _spelled(architecture):
             raise UserError(f"--arch {architecture}: {file} says model: {trained}; leave --arch out.")
@@ -250,15 +249,23 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:240]}"
 
 
-def parse_params(text: str) -> dict[str, Any]:
-    """Lines `name: value` → a dict; values that are Python literals (numbers, None, True, lists) are parsed."""
-    params: dict[str, Any] = {}
+def param_texts(text: str) -> dict[str, str]:
+    """Lines `name: value` → a dict of texts; other lines are left out."""
+    params = {}
     for line in text.splitlines():
         name, separator, value = line.partition(":")
-        if not separator or not re.fullmatch(r"\w[\w.-]*", name.strip()):
-            continue
-        try:
-            params[name.strip()] = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError):
+        if separator and re.fullmatch(r"\w[\w.-]*", name.strip()):
             params[name.strip()] = value.strip()
     return params
+
+
+def parse_params(text: str) -> dict[str, Any]:
+    """Lines `name: value` → a dict; values that are Python literals (numbers, None, True, lists) are parsed."""
+    return {name: _parsed(value) for name, value in param_texts(text).items()}
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from evaluation.curves import DOTS_PER_INCH, FIGURE_INCHES
-from evaluation.gallery import gallery_size
+from evaluation.gallery_picture import gallery_size
 from evaluation.held_out import read_queries
 from evaluation.main import main, parse_args
 

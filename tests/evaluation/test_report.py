@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
-from evaluation.curves import plot_curves, read_records, series
+from evaluation.curves import plot_curves, series
 from evaluation.figure_style import COLORS
-from evaluation.gallery import MATCH, Hit, Query, draw_gallery, gallery_size, is_match, nearest_images
+from evaluation.gallery_picture import MATCH, draw_gallery, gallery_size
+from evaluation.records import read_records
 from evaluation.report import Result, markdown, table_rows, terminal_table, write_report
+from evaluation.search import Hit, Query
 
 NAME = "retrieval/image_to_text_"
 FIRST_BLUE = tuple(bytes.fromhex(COLORS[0][1:]))
@@ -90,19 +91,6 @@ def test_curves_show_what_is_there(tmp_path: Path) -> None:
         assert both.size == none.size == (1440, 960)
         assert FIRST_BLUE in {color for _, color in both.convert("RGB").getcolors(1 << 20)}  # the first run's blue
         assert FIRST_BLUE not in {color for _, color in none.convert("RGB").getcolors(1 << 20)}
-
-
-def test_nearest_images_and_matches() -> None:
-    images = torch.eye(4)
-    queries = [Query("red disc", "disc"), Query("Square icon")]
-    features = torch.tensor([[0.1, 0.9, 0.2, 0.3], [0.9, 0.1, 0.2, 0.3]])
-    facts = [("square icon", "square"), ("a thing", "Disc"), ("disc icon", "disc b"), ("red disc", "")]
-    hits = nearest_images(queries, features, images, lambda i: facts[i], number=3)
-    assert [[hit.image for hit in row] for row in hits] == [[1, 3, 2], [0, 3, 2]]
-    assert [[hit.matches for hit in row] for row in hits] == [[True, True, False], [True, False, False]]
-    assert hits[0][0].similarity == pytest.approx(0.9)
-    assert len(nearest_images(queries, features, images, lambda i: facts[i])[0]) == 4
-    assert not is_match(Query("disc"), "", "")
 
 
 def test_gallery_frames_and_thumbnails(tmp_path: Path) -> None:

@@ -1,0 +1,231 @@
+"""The normalizer estimation error (NeuCLIP, arXiv 2511.08417, figures 2c and 4): a method's log-normalizers against the truth.
+
+For samples of the training set (probes), in batches as large as the run's, three estimates of α are compared with the α over
+all n samples:
+
+    batch   log(ε + g) over the probe's own batch: what a mini-batch loss has to do with
+    own     what the method has learnt or remembers before it sees the batch: log u, the moving average of AmorLIP's networks,
+            the NPN's prediction; none for a mini-batch loss
+    used    the α that a training step at this checkpoint would divide by, after it has learnt from the batch and mixed the
+            batch's estimate in; for a mini-batch loss the batch's estimate
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from evaluation.collectives import gather_rows
+from evaluation.errors import UserError
+from evaluation.features import encode_batch, evaluating
+from evaluation.normalizers.pool import Everything, Pool, Spots, batches, draw_spots
+from evaluation.normalizers.subject import Subject
+from evaluation.normalizers.truth import Anchors, StreamedNormalizers
+from evaluation.suite import Setting
+from neuclip import distributed
+from neuclip.normalizers import add_log_eps
+from neuclip.pairwise import batch_log_means, gather_batch
+
+SIDES = ("image", "text")
+
+
+@dataclass(frozen=True)
+class Probing:
+    """Which samples are asked about.
+
+    Attributes:
+        batch_size: N, the global batch that the objective sees at a time.
+        probes: about how many samples; rounded down to whole batches, one batch at least.
+        seed: of their choice.
+    """
+
+    batch_size: int
+    probes: int = 4096
+    seed: int = 0
+
+    @property
+    def wanted(self) -> int:
+        """P, a multiple of N."""
+        return max(1, self.probes // self.batch_size) * self.batch_size
+
+
+class Probes(NamedTuple):
+    """P encoded probes: image_features, text_features [P, d]; index, keys [P] int64; the same on every rank."""
+
+    image_features: Tensor
+    text_features: Tensor
+    index: Tensor
+    keys: Tensor
+
+
+class Estimates(NamedTuple):
+    """α of P probes, [2, P] each, and the 1/τ [2, P] that they are for. own: None for a method without normalizers."""
+
+    batch: Tensor
+    own: Tensor | None
+    used: Tensor
+    logit_scale: Tensor
+
+
+def measure(subjects: Sequence[Subject], pool: Pool, probing: Probing, setting: Setting) -> list[dict[str, Any]]:
+    """Measure checkpoints of one run, in one pass over its data. All ranks call it together.
+
+    Args:
+        subjects: they share preprocessing and tokenizer.
+        pool: the data set.
+        probing: which samples. setting: how to run.
+
+    Returns:
+        For each subject a dict of plain values, the same on every rank: `samples` (n), `probes` (P), `left_out`,
+        `temperature`, `truth` and `estimates`.
+
+    Raises:
+        UserError: the data set has too few samples, or none with a key where keys are needed; a model's features are not
+            finite.
+    """
+    encoded = _encode_probes(subjects, pool, probing, setting)
+    estimates = [estimate(subject, probes, probing.batch_size) for subject, probes in zip(subjects, encoded)]
+    sums = [
+        StreamedNormalizers(Anchors(probes.image_features, probes.text_features, probes.index, guess.logit_scale))
+        for probes, guess in zip(encoded, estimates)
+    ]
+    left_out = 0
+    loader = batches(
+        Everything(pool, setting.rank, setting.world_size), setting.batch_size, setting.workers, _pins(setting)
+    )
+    for batch in loader:
+        left_out += int(batch["left_out"])
+        for subject, total in zip(subjects, sums) if "image" in batch else ():
+            total.add(*_encode(subject, batch, setting), batch["index"])
+    lost = int(gather_rows(torch.tensor([[left_out]]), setting.world_size).sum())
+    records = []
+    for subject, guess, total in zip(subjects, estimates, sums):
+        truth, number = total.log_normalizers(subject.objective.log_eps, setting.world_size)
+        records.append({"samples": number, "left_out": lost, **_record(guess, truth)})
+    return records
+
+
+def _encode(subject: Subject, batch: dict[str, Any], setting: Setting) -> tuple[Tensor, Tensor]:
+    model = subject.loaded.model
+    with evaluating(model):
+        return encode_batch(model, batch, setting.device, setting.autocast_context, setting.image_dtype)
+
+
+def _pins(setting: Setting) -> bool:
+    return torch.device(setting.device).type == "cuda"
+
+
+def _encode_probes(subjects: Sequence[Subject], pool: Pool, probing: Probing, setting: Setting) -> list[Probes]:
+    """The probes as each subject sees them."""
+    wanted = probing.wanted
+    # Some may turn out to be broken.
+    spots = draw_spots(pool, wanted + max(8, wanted // 50), probing.seed)
+    # In the order of the parts, each of which takes a while to open; drawing order comes back at the end.
+    own = sorted(spots)[setting.rank :: setting.world_size]
+    keys, index = [torch.empty(0, 1, dtype=torch.int64)], [torch.empty(0, 1, dtype=torch.int64)]
+    features: list[list[tuple[Tensor, Tensor]]] = [[] for _ in subjects]
+    for batch in batches(Spots(pool, own), setting.batch_size, setting.workers, _pins(setting)):
+        if "image" not in batch:
+            continue
+        keys.append(batch["key"][:, None])
+        index.append(batch["index"][:, None])
+        for subject, found in zip(subjects, features):
+            found.append(_encode(subject, batch, setting))
+    all_keys, all_index = (gather_rows(torch.cat(rows), setting.world_size)[:, 0] for rows in (keys, index))
+    place = {pool.offsets[part] + position: number for number, (part, position) in enumerate(spots)}
+    order = torch.tensor([place[i] for i in all_index.tolist()], dtype=torch.int64).argsort()[:wanted]
+    if len(order) < wanted:
+        missing = ", with integer keys," if pool.needs_keys else ""
+        raise UserError(
+            f"only {len(order)} of {len(spots)} samples drawn are whole{missing} and {wanted} are needed for batches of "
+            f"{probing.batch_size}: give fewer --probes or a smaller --global_batch, or mend the data"
+        )
+    probes = []
+    for found in features:
+        sides = []
+        for side in (0, 1):
+            rows = torch.cat([pair[side] for pair in found]) if found else torch.empty(0, 0, device=setting.device)
+            sides.append(gather_rows(rows, setting.world_size)[order.to(rows.device)])
+        if not all(bool(torch.isfinite(side).all()) for side in sides):
+            raise UserError("features are not finite: the model has diverged, examine an earlier checkpoint.")
+        device = sides[0].device
+        probes.append(Probes(sides[0], sides[1], all_index[order].to(device), all_keys[order].to(device)))
+    return probes
+
+
+@torch.no_grad()
+def estimate(subject: Subject, probes: Probes, batch_size: int) -> Estimates:
+    """What the subject's objective would take for the probes' α, a global batch at a time; it is the same afterwards.
+
+    Args:
+        batch_size: N; a multiple of the number of ranks, and P of it.
+    """
+    objective = subject.objective
+    # State per sample is too large to restore, and need not be: no two batches share a sample.
+    before = None if objective.needs_keys else {k: _copied(v) for k, v in objective.state_dict().items()}
+    step = objective.step
+    share = batch_size // distributed.world_size()
+    parts: list[Estimates] = []
+    for start in range(0, len(probes.index), batch_size):
+        rows = slice(start + distributed.rank() * share, start + (distributed.rank() + 1) * share)
+        parts.append(_estimate_batch(subject, *(tensor[rows] for tensor in probes)))
+        if before is not None:
+            objective.load_state_dict(before)
+        objective.step = step
+    return Estimates(*(None if parts[0][i] is None else torch.cat([part[i] for part in parts], 1) for i in range(4)))  # type: ignore[arg-type, misc]
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _estimate_batch(subject: Subject, images: Tensor, texts: Tensor, _: Tensor, keys: Tensor) -> Estimates:
+    """The estimates of one global batch, [2, N] on every rank, from this rank's share of it."""
+    objective = subject.objective
+    inputs = (images, texts, subject.logit_scale, subject.logit_bias, keys if objective.needs_keys else None)
+    known = objective.recall(*inputs)
+    scale = (subject.logit_scale if known is None else known.logit_scale).expand(2, len(images))
+    scale = distributed.all_gather(scale.contiguous(), dim=1)
+    fresh = add_log_eps(batch_log_means(gather_batch(images, texts), scale), objective.log_eps)
+    fresh = distributed.all_gather(fresh, dim=1)
+    own = None if known is None else distributed.all_gather(known.log_normalizers, dim=1)
+    used = objective(*inputs).log_normalizers
+    used = fresh if used is None else distributed.all_gather(used, dim=1)
+    return Estimates(fresh, own, used, scale)
+
+
+def _record(guess: Estimates, truth: Tensor) -> dict[str, Any]:
+    named = {"batch": guess.batch, "own": guess.own, "used": guess.used}
+    return {
+        "probes": truth.shape[1],
+        "temperature": float((1 / guess.logit_scale).mean()),
+        "truth": {side: float(values.mean()) for side, values in zip(SIDES, truth)},
+        "estimates": {name: None if alpha is None else compare(alpha.double(), truth) for name, alpha in named.items()},
+    }
+
+
+def compare(estimates: Tensor, truth: Tensor) -> dict[str, Any]:
+    """Errors of estimated α, both [2, P] float64; NaN where an estimate is missing.
+
+    Returns:
+        For `image` and `text`: mse (mean of (estimate − truth)²), bias (mean of estimate − truth), mean (of the estimate), all
+        over the probes that have one; `mse`, the mean of the two sides; `unknown`, the share of probes without an estimate.
+        None for a number that does not exist.
+    """
+    sides = {}
+    for side, guess, true in zip(SIDES, estimates, truth):
+        error = (guess - true)[~guess.isnan()]
+        numbers = (error.square().mean(), error.mean(), guess[~guess.isnan()].mean())
+        sides[side] = {name: _finite(float(number)) for name, number in zip(("mse", "bias", "mean"), numbers)}
+    each = [sides[side]["mse"] for side in SIDES]
+    both = None if None in each else sum(each) / 2  # type: ignore[arg-type]
+    return {**sides, "mse": both, "unknown": float(estimates.isnan().double().mean())}
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
