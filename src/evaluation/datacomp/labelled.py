@@ -23,7 +23,7 @@ class LabelledImages(Share):
 
     Args:
         shards: paths of the tar files.
-        transform: PIL image, in the mode of its file → anything a DataLoader can collate.
+        transform: PIL image (RGB) → anything a DataLoader can collate.
         number_of_classes: labels must be below it; None for a set without labels.
         fields: length of the metadata vector; 0 for a set without metadata.
         rank, world_size: the share of the samples that `len` and indexing see.
@@ -70,7 +70,7 @@ class LabelledImages(Share):
         if self.fields:
             facts.extend(metadata_vector(self.index.read(members["npy"]), self.fields, name))
         extension = next(extension for extension in IMAGE_EXTENSIONS if extension in members)
-        image = decode_image(self.index.read(members[extension]), name, mode=None)
+        image = decode_image(self.index.read(members[extension]), name)
         return {"image": self.transform(image), "facts": torch.tensor(facts, dtype=torch.float64), "index": i}
 
 

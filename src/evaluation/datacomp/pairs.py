@@ -24,7 +24,7 @@ class CaptionedImages(Protocol):
     captions: list[list[str]]
 
     def image(self, i: int) -> Any:
-        """The PIL image number i, in the mode of its file."""
+        """The PIL image number i."""
 
 
 class TableImages:
@@ -39,7 +39,7 @@ class TableImages:
         self.captions = self.rows.strings("caption")
 
     def image(self, i: int) -> Any:
-        """The PIL image of row i."""
+        """The PIL image of row i, in the mode of its file."""
         name = self.rows.name(i)
         return decode_table_image(image_content(self.rows.value(i, "image"), name), name)
 
@@ -58,10 +58,10 @@ class ShardImages:
         self.captions = [self._captions(i) for i in range(len(self.index))]
 
     def image(self, i: int) -> Any:
-        """The PIL image of sample i."""
+        """The PIL image of sample i, RGB."""
         members = self.index.members[i]
         extension = next(extension for extension in IMAGE_EXTENSIONS if extension in members)
-        return decode_image(self.index.read(members[extension]), self.index.name(i), mode=None)
+        return decode_image(self.index.read(members[extension]), self.index.name(i))
 
     def _captions(self, i: int) -> list[str]:
         members, name = self.index.members[i], self.index.name(i)

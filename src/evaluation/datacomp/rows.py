@@ -166,7 +166,10 @@ def image_content(value: Any, name: str) -> bytes:
 
 
 def decode_table_image(content: bytes, name: str) -> Image.Image:
-    """Decode an image of a table, turned as its Exif data say, as the datasets library does.
+    """Decode an image of a table as the datasets library does: turned as its Exif data say, in the mode of the file.
+
+    open_clip's transform resizes before it converts to RGB, so the mode makes a difference for palettes and transparency.
+    In shards, webdataset's decoder converts first.
 
     Raises:
         UserError: if the bytes are no image, with `name` in the message.

@@ -78,7 +78,7 @@ def shard_samples(folder: Path) -> list[tuple[Image.Image, dict[str, bytes]]]:
         extension = next(name for name in contents if name not in ("cls", "npy"))
         path = folder / f"loop-{i}.{extension}"
         path.write_bytes(contents[extension])
-        samples.append((Image.open(path), contents))
+        samples.append((Image.open(path).convert("RGB"), contents))
     return samples
 
 
