@@ -21,11 +21,11 @@ from collections.abc import Sequence
 
 from evaluation import precision
 from evaluation.errors import UserError, message_of
+from evaluation.normalizers.examined import Examined, global_batch_size, open_examined
 from evaluation.normalizers.measure import Probing, measure
 from evaluation.normalizers.pool import Pool, open_pool
 from evaluation.normalizers.report import ErrorFile, draw, markdown, write_picture
-from evaluation.normalizers.subject import Subject, global_batch_size, open_subject
-from evaluation.ranks import Place, joined
+from evaluation.ranks import Place, SharedError, environment, joined
 from evaluation.run_folder import Checkpoint, RunFolder
 from evaluation.suite import Setting
 from evaluation.whole_files import write_whole
@@ -99,7 +99,7 @@ def examine(run: RunFolder, args: argparse.Namespace, place: Place) -> ErrorFile
     due = place.together(lambda: [c for c in chosen_checkpoints(run, args.epochs) if not file.has(c)])
     if not due:
         return file
-    subjects = place.together(lambda: [_open(run, c, batch_size, place) for c in due])
+    examined = place.together(lambda: [_open(run, c, batch_size, place) for c in due])
     setting = Setting(
         device=place.device,
         batch_size=args.batch_size,
@@ -110,10 +110,10 @@ def examine(run: RunFolder, args: argparse.Namespace, place: Place) -> ErrorFile
     )
     if place.is_main:
         print(f"{run.name}: {', '.join(c.label for c in due)} against all of {data} …", flush=True)
-    pool = _open_pool(run, data, subjects[0], args.workers, place)
-    records = measure(subjects, pool, probing, setting)
-    for subject, record in zip(subjects, records):
-        file.add(subject.checkpoint, {"step": subject.step, "samples_seen": subject.step * batch_size, **record})
+    pool = _open_pool(run, data, examined[0], args.workers, place)
+    records = measure(examined, pool, probing, setting)
+    for one, record in zip(examined, records):
+        file.add(one.checkpoint, {"step": one.step, "samples_seen": one.step * global_batch_size(run), **record})
     if place.is_main:
         file.write()
     return file
@@ -129,11 +129,11 @@ def _check(run: RunFolder, data: str, batch_size: int, world_size: int) -> None:
         )
 
 
-def _open(run: RunFolder, checkpoint: Checkpoint, batch_size: int, place: Place) -> Subject:
-    return open_subject(run, checkpoint, batch_size, place.device, place.world_size)
+def _open(run: RunFolder, checkpoint: Checkpoint, batch_size: int, place: Place) -> Examined:
+    return open_examined(run, checkpoint, batch_size, place.device, place.world_size)
 
 
-def _open_pool(run: RunFolder, data: str, subject: Subject, workers: int, place: Place) -> Pool:
+def _open_pool(run: RunFolder, data: str, one: Examined, workers: int, place: Place) -> Pool:
     columns = {
         "image_key": str(run.params.get("csv_img_key") or "filepath"),
         "caption_key": str(run.params.get("csv_caption_key") or "title"),
@@ -141,8 +141,8 @@ def _open_pool(run: RunFolder, data: str, subject: Subject, workers: int, place:
     }
     return open_pool(
         data,
-        subject.loaded.preprocess_val,
-        subject.loaded.tokenizer,
+        one.loaded.preprocess_val,
+        one.loaded.tokenizer,
         needs_keys=OBJECTIVES[run.objective].needs_keys,
         csv_columns=columns,
         workers=workers,
@@ -174,7 +174,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run_tool(parse_args(sys.argv[1:] if argv is None else argv))
     except UserError as error:
-        print(f"error: {message_of(error)}", file=sys.stderr)
+        if not isinstance(error, SharedError) or environment()[0] == 0:
+            print(f"error: {message_of(error)}", file=sys.stderr)
         return 2
     return 0
 

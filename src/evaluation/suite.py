@@ -5,7 +5,7 @@ In-training evaluation calls the two functions here; the command line tool calls
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -59,8 +59,11 @@ class Setting:
     world_size: int = 1
     together: Callable[[Callable[[], Any]], Any] = at_once
 
-    def loader(self, dataset: Share) -> DataLoader[dict[str, Any]]:
+    def loader(self, dataset: Share, worker_init_fn: Callable[[int], None] | None = None) -> Iterable[dict[str, Any]]:
         """A loader of this rank's share, in order, without dropping the last batch.
+
+        Args:
+            worker_init_fn: called in each loader process when it begins.
 
         Raises:
             ValueError: if the data set is another rank's share.
@@ -69,7 +72,13 @@ class Setting:
             share = f"rank {dataset.rank} of {dataset.world_size}"
             raise ValueError(f"the data set is the share of {share}, the setting is {self.rank} of {self.world_size}.")
         pin_memory = torch.device(self.device).type == "cuda"
-        return DataLoader(dataset, batch_size=self.batch_size, num_workers=self.workers, pin_memory=pin_memory)
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            num_workers=self.workers,
+            pin_memory=pin_memory,
+            worker_init_fn=worker_init_fn,
+        )
 
 
 @dataclass

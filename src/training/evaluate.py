@@ -7,19 +7,18 @@ import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from evaluation.csv_pairs import CsvPairs
-from evaluation.datasets import ClassificationSource, PairDataset, open_classification
-from evaluation.features import encode_images, encode_share, evaluating, gather_pairs
-from evaluation.retrieval import retrieval_metrics
-from evaluation.zero_shot import build_class_head, zero_shot_metrics
+from evaluation.datasets import ClassificationSource, PairDataset, Share, open_classification
+from evaluation.features import PairFeatures
+from evaluation.suite import Setting, measure_classification, measure_pairs
 from training.data.workers import heed_parent_only
 from training.distributed import World
 from training.errors import UserError
@@ -33,6 +32,13 @@ _ZERO_SHOT = {
     "zeroshot_data": "zeroshot-val",
 }
 
+# name of a measurement → end of its name in results.jsonl, as open_clip spells them
+_ZERO_SHOT_METRICS = {
+    "zeroshot/top1": "top1",
+    "zeroshot/top5": "top5",
+    "zeroshot/mean_per_class_recall": "mean-per-class-recall",
+}
+
 _INTERRUPTED = "the run has been asked to end"
 
 
@@ -44,6 +50,10 @@ class Evaluator:
         bundle: gives preprocessing and tokenizer.
         world, precision: this rank's place; the towers' number format.
         interrupted: says that the run has been asked to end; an evaluation is then broken off between two batches.
+
+    Attributes:
+        pairs: the validation pairs, or None.
+        last_features: on rank 0 their features at the last evaluation that had them.
 
     Raises:
         UserError: a set cannot be opened; the message names the flag.
@@ -62,7 +72,8 @@ class Evaluator:
         self.precision = precision
         self.interrupted = interrupted
         self.tokenizer = bundle.tokenizer
-        self.pairs = None
+        self.pairs: PairDataset | None = None
+        self.last_features: PairFeatures | None = None
         if args.val_data:
             with _naming_flag("val_data", args.val_data):
                 self.pairs = _open_pairs(args, bundle, world)
@@ -81,7 +92,7 @@ class Evaluator:
         self._share_buffers(towers)
         try:
             if self.pairs is not None and self._is_due(epoch, self.args.val_frequency):
-                metrics.update(self._validate(towers))
+                metrics.update(self._validate(towers, self.pairs))
             if self._is_due(epoch, self.args.zeroshot_frequency):
                 for prefix, source in self.classifications.items():
                     metrics.update(self._classify(towers, prefix, source))
@@ -93,7 +104,7 @@ class Evaluator:
                 # Made up for as a whole: an entry in results.jsonl would say that this epoch has been evaluated.
                 return {}
         if metrics and self.world.is_main:
-            shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if "/" not in name)
             logging.info("evaluation after epoch %d: %s", epoch, shown)
         return metrics
 
@@ -106,70 +117,57 @@ class Evaluator:
     def _is_due(self, epoch: int, frequency: int) -> bool:
         return frequency > 0 and (epoch % frequency == 0 or epoch == self.args.epochs)
 
-    def _validate(self, towers: TwoTowers) -> dict[str, float]:
-        share = self.world.check_together(
-            lambda: encode_share(
-                towers.model,
-                self._loader(self.pairs),
-                self.world.device,
-                self.precision.autocast,
-                image_dtype=self.precision.input_dtype,
-            )
-        )
-        images, texts = gather_pairs(share, self.world.size)
-        metrics = retrieval_metrics(images, texts, rank=self.world.rank, world_size=self.world.size)
+    def _validate(self, towers: TwoTowers, pairs: PairDataset) -> dict[str, float]:
+        measured, features = measure_pairs(towers.model, pairs, self._setting())
+        metrics = {_spelled(name): value for name, value in measured.metrics.items() if value is not None}
         scale = towers.model.logit_scale.detach().float().exp().reshape(())
-        metrics["clip_val_loss"] = batched_contrastive_loss(images, texts, scale, self.args.batch_size)
-        metrics["num_samples"] = float(len(images))
+        metrics["clip_val_loss"] = batched_contrastive_loss(*features, scale, self.args.batch_size)
+        metrics["num_samples"] = float(pairs.total)
+        if self.world.is_main:
+            self.last_features = features
         return metrics
 
     def _classify(self, towers: TwoTowers, prefix: str, source: ClassificationSource) -> dict[str, float]:
-        with evaluating(towers.model):
-            head = build_class_head(
-                self._encode_text(towers), self.tokenizer, source.class_names, source.templates, self.world.device
-            )
-        features, labels = self.world.check_together(
-            lambda: encode_images(
-                towers.model,
-                self._loader(source.dataset),
-                self.world.device,
-                self.precision.autocast,
-                image_dtype=self.precision.input_dtype,
-            )
-        )
-        scores = zero_shot_metrics(features, labels, head, world_size=self.world.size)
-        named = {
-            "top1": scores["top1"],
-            "top5": scores["top5"],
-            "mean-per-class-recall": scores["mean_per_class_recall"],
+        scores = measure_classification(towers.model, self.tokenizer, source, self._setting()).metrics
+        return {
+            f"{prefix}-{name}": value for key, name in _ZERO_SHOT_METRICS.items() if (value := scores[key]) is not None
         }
-        return {f"{prefix}-{name}": value for name, value in named.items() if value is not None}
 
-    def _encode_text(self, towers: TwoTowers) -> Callable[[Tensor], Tensor]:
-        def encode(tokens: Tensor) -> Tensor:
-            with self.precision.autocast():
-                return towers.model.encode_text(tokens)
+    def _setting(self) -> Setting:
+        return _Interruptible(
+            device=self.world.device,
+            batch_size=self.args.batch_size,
+            workers=self.args.workers,
+            autocast_context=self.precision.autocast,
+            image_dtype=self.precision.input_dtype,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            together=self.world.check_together,
+            interrupted=self.interrupted,
+        )
 
-        return encode
 
-    def _loader(self, dataset: Any) -> Iterator[Any]:
+@dataclass(frozen=True)
+class _Interruptible(Setting):
+    """Evaluation within a run: it is broken off when the run has been asked to end, and its workers leave signals alone."""
+
+    interrupted: Callable[[], bool] = lambda: False
+
+    def loader(self, dataset: Share) -> Iterator[dict[str, Any]]:
         """This rank's batches.
 
         Raises:
             UserError: while iterating: the run has been asked to end.
         """
-        on_gpu = self.world.device.type == "cuda"
-        loader = DataLoader(
-            dataset,
-            batch_size=self.args.batch_size,
-            num_workers=self.args.workers,
-            pin_memory=on_gpu,
-            worker_init_fn=heed_parent_only,
-        )
-        for batch in loader:
+        for batch in super().loader(dataset, heed_parent_only):
             if self.interrupted():
                 raise UserError(f"{_INTERRUPTED}; the epoch is evaluated when it goes on")
             yield batch
+
+
+def _spelled(name: str) -> str:
+    """The name of a retrieval metric in results.jsonl; that of its plain form stands alone."""
+    return name.removeprefix("retrieval/")
 
 
 def batched_contrastive_loss(images: Tensor, texts: Tensor, logit_scale: Tensor, batch_size: int) -> float:

@@ -39,6 +39,7 @@ from training.finite import NonFiniteLog
 from training.loop import Training, train_one_epoch
 from training.model import build_model, check_model, copy_model_configs
 from training.params import data_config, parse_args
+from training.pictures import draw_pictures
 from training.plan import plan_lines
 from training.preemption import EXIT_INTERRUPTED, REQUEUE_SECONDS, Signals, is_preempted, requeue_job
 from training.random_state import seed_generators, set_rng_state
@@ -296,8 +297,14 @@ def _outlets(args: Namespace, folder: RunFolder, world: World) -> tuple[Checkpoi
 def _evaluate(training: Training, evaluator: Evaluator) -> None:
     state = training.state
     metrics = evaluator(state.towers, state.epoch)
-    if metrics:
-        training.reporter.evaluation(state.epoch, state.step, metrics)
+    if not metrics:
+        return
+    reporter = training.reporter
+    reporter.evaluation(state.epoch, state.step, metrics)
+    if reporter.shows_pictures:
+        args, folder = training.args, reporter.folder.path
+        pictures = draw_pictures(folder, args, state.epoch, evaluator.pairs, evaluator.last_features)
+        reporter.pictures(state.step, pictures)
 
 
 def _write_plan(args: Namespace, world: World, folder: RunFolder, training: Training) -> None:

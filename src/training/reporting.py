@@ -13,8 +13,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -113,6 +115,26 @@ class Reporter:
             self._line(self.folder.results, {"epoch": epoch, "step": step, **values})
             self._publish("val/", step, {**values, "epoch": epoch})
 
+    @property
+    def shows_pictures(self) -> bool:
+        """Whether this rank has an outlet for pictures."""
+        return self.tensorboard is not None or self.wandb is not None
+
+    def pictures(self, step: int, pictures: dict[str, Path]) -> None:
+        """Show pictures, by name; files."""
+        if self.tensorboard is not None:
+            try:
+                for name, path in pictures.items():
+                    with Image.open(path) as image:
+                        pixels = np.asarray(image.convert("RGB"))
+                    self.tensorboard.add_image(f"val/{name}", pixels, step, dataformats="HWC")
+            except OSError as error:
+                self._give_up_tensorboard(error)
+        if self.wandb is not None and pictures:
+            import wandb
+
+            self.wandb.log({**{f"val/{name}": wandb.Image(str(path)) for name, path in pictures.items()}, "step": step})
+
     def close(self) -> None:
         """Flush everything."""
         if self.tensorboard is not None:
@@ -144,11 +166,14 @@ class Reporter:
                 for name, value in named.items():
                     self.tensorboard.add_scalar(name, value, step)
             except OSError as error:
-                # Its thread has ended, for good.
-                logging.error("tensorboard cannot write: %s; from here on it gets nothing", error.strerror)
-                self.tensorboard = None
+                self._give_up_tensorboard(error)
         if self.wandb is not None:
             self.wandb.log({**named, "step": step})
+
+    def _give_up_tensorboard(self, error: OSError) -> None:
+        # Its thread has ended, for good.
+        logging.error("tensorboard cannot write: %s; from here on it gets nothing", error.strerror)
+        self.tensorboard = None
 
 
 def _append(path: Path, line: bytes) -> None:

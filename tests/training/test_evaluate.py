@@ -80,7 +80,8 @@ def test_names_and_values_of_pairs(corpus: Corpus) -> None:
     metrics = _evaluator(val_data=corpus.validation)(BUNDLE.towers, 1)
     ranks = {f"{way}_{name}" for way in ("image_to_text", "text_to_image") for name in ("mean_rank", "median_rank")}
     recalls = {f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
-    assert metrics.keys() == ranks | recalls | {"clip_val_loss", "num_samples"}
+    same_caption = {f"retrieval_same_caption/{name}" for name in ranks | recalls}
+    assert metrics.keys() == ranks | recalls | same_caption | {"clip_val_loss", "num_samples"}
     assert metrics["num_samples"] == VALIDATION_SIZE
     # The same by the towers themselves, in batches of eight.
     from evaluation.datasets import PairDataset
@@ -120,7 +121,7 @@ def test_due_epochs(kind: str, frequency: int, last: int, due: list[int], corpus
     data = {"val": {"val_data": corpus.validation}, "zeroshot": {"zeroshot_data": corpus.zeroshot}}[kind]
     evaluator = _evaluator(**data, **{f"{kind}_frequency": frequency}, epochs=last)
     done: list[int] = []
-    evaluator._validate = lambda towers: done.append(epoch) or {}  # type: ignore[assignment, method-assign]
+    evaluator._validate = lambda *given: done.append(epoch) or {}  # type: ignore[assignment, method-assign]
     evaluator._classify = lambda *given: done.append(epoch) or {}  # type: ignore[assignment, method-assign]
     for epoch in range(1, last + 1):
         evaluator(BUNDLE.towers, epoch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import math
 import resource
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from end_to_end.runs import read_lines
@@ -140,6 +142,41 @@ def test_tensorboard(folder: RunFolder) -> None:
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 0.5), (5, 0.25)]
     assert [(event.step, event.value) for event in events.Scalars("val/top1")] == [(5, 0.75)]
+
+
+def _picture(folder: RunFolder) -> Path:
+    path = folder.path / "gallery.png"
+    Image.new("RGB", (4, 2), (250, 10, 0)).save(path)
+    return path
+
+
+def test_pictures_in_tensorboard(folder: RunFolder) -> None:
+    reporter = Reporter(_args("tensorboard"), folder, MAIN)
+    assert reporter.shows_pictures
+    reporter.pictures(5, {"gallery": _picture(folder)})
+    reporter.close()
+    events = EventAccumulator(str(folder.path / "tensorboard"))
+    events.Reload()
+    (shown,) = events.Images("val/gallery")
+    assert (shown.step, shown.width, shown.height) == (5, 4, 2)
+    with Image.open(io.BytesIO(shown.encoded_image_string)) as image:
+        assert image.convert("RGB").getpixel((3, 1)) == (250, 10, 0)
+
+
+def test_pictures_in_wandb(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeWandb()
+    fake.Image = lambda path: ("image", path)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    reporter = Reporter(_args("wandb"), folder, MAIN)
+    path = _picture(folder)
+    reporter.pictures(5, {"gallery": path})
+    reporter.pictures(6, {})
+    assert fake.logged == [{"val/gallery": ("image", str(path)), "step": 5}]
+
+
+def test_nobody_to_show_pictures_to(folder: RunFolder) -> None:
+    assert not Reporter(_args(""), folder, MAIN).shows_pictures
+    assert not Reporter(_args("tensorboard"), folder, OTHER).shows_pictures
 
 
 class FakeWandb(ModuleType):

@@ -23,8 +23,8 @@ from torch import Tensor
 from evaluation.collectives import gather_rows
 from evaluation.errors import UserError
 from evaluation.features import encode_batch, evaluating
+from evaluation.normalizers.examined import Examined
 from evaluation.normalizers.pool import Everything, Pool, Spots, batches, draw_spots
-from evaluation.normalizers.subject import Subject
 from evaluation.normalizers.truth import Anchors, StreamedNormalizers
 from evaluation.suite import Setting
 from neuclip import distributed
@@ -72,24 +72,24 @@ class Estimates(NamedTuple):
     logit_scale: Tensor
 
 
-def measure(subjects: Sequence[Subject], pool: Pool, probing: Probing, setting: Setting) -> list[dict[str, Any]]:
+def measure(examined: Sequence[Examined], pool: Pool, probing: Probing, setting: Setting) -> list[dict[str, Any]]:
     """Measure checkpoints of one run, in one pass over its data. All ranks call it together.
 
     Args:
-        subjects: they share preprocessing and tokenizer.
+        examined: they share preprocessing and tokenizer.
         pool: the data set.
         probing: which samples. setting: how to run.
 
     Returns:
-        For each subject a dict of plain values, the same on every rank: `samples` (n), `probes` (P), `left_out`,
+        For each of them a dict of plain values, the same on every rank: `samples` (n), `probes` (P), `left_out`,
         `temperature`, `truth` and `estimates`.
 
     Raises:
         UserError: the data set has too few samples, or none with a key where keys are needed; a model's features are not
             finite.
     """
-    encoded = _encode_probes(subjects, pool, probing, setting)
-    estimates = [estimate(subject, probes, probing.batch_size) for subject, probes in zip(subjects, encoded)]
+    encoded = _encode_probes(examined, pool, probing, setting)
+    estimates = [estimate(one, probes, probing.batch_size) for one, probes in zip(examined, encoded)]
     sums = [
         StreamedNormalizers(Anchors(probes.image_features, probes.text_features, probes.index, guess.logit_scale))
         for probes, guess in zip(encoded, estimates)
@@ -100,18 +100,18 @@ def measure(subjects: Sequence[Subject], pool: Pool, probing: Probing, setting: 
     )
     for batch in loader:
         left_out += int(batch["left_out"])
-        for subject, total in zip(subjects, sums) if "image" in batch else ():
-            total.add(*_encode(subject, batch, setting), batch["index"])
+        for one, total in zip(examined, sums) if "image" in batch else ():
+            total.add(*_encode(one, batch, setting), batch["index"])
     lost = int(gather_rows(torch.tensor([[left_out]]), setting.world_size).sum())
     records = []
-    for subject, guess, total in zip(subjects, estimates, sums):
-        truth, number = total.log_normalizers(subject.objective.log_eps, setting.world_size)
+    for one, guess, total in zip(examined, estimates, sums):
+        truth, number = total.log_normalizers(one.objective.log_eps, setting.world_size)
         records.append({"samples": number, "left_out": lost, **_record(guess, truth)})
     return records
 
 
-def _encode(subject: Subject, batch: dict[str, Any], setting: Setting) -> tuple[Tensor, Tensor]:
-    model = subject.loaded.model
+def _encode(one: Examined, batch: dict[str, Any], setting: Setting) -> tuple[Tensor, Tensor]:
+    model = one.loaded.model
     with evaluating(model):
         return encode_batch(model, batch, setting.device, setting.autocast_context, setting.image_dtype)
 
@@ -120,22 +120,22 @@ def _pins(setting: Setting) -> bool:
     return torch.device(setting.device).type == "cuda"
 
 
-def _encode_probes(subjects: Sequence[Subject], pool: Pool, probing: Probing, setting: Setting) -> list[Probes]:
-    """The probes as each subject sees them."""
+def _encode_probes(examined: Sequence[Examined], pool: Pool, probing: Probing, setting: Setting) -> list[Probes]:
+    """The probes as each model sees them."""
     wanted = probing.wanted
     # Some may turn out to be broken.
     spots = draw_spots(pool, wanted + max(8, wanted // 50), probing.seed)
     # In the order of the parts, each of which takes a while to open; drawing order comes back at the end.
     own = sorted(spots)[setting.rank :: setting.world_size]
     keys, index = [torch.empty(0, 1, dtype=torch.int64)], [torch.empty(0, 1, dtype=torch.int64)]
-    features: list[list[tuple[Tensor, Tensor]]] = [[] for _ in subjects]
+    features: list[list[tuple[Tensor, Tensor]]] = [[] for _ in examined]
     for batch in batches(Spots(pool, own), setting.batch_size, setting.workers, _pins(setting)):
         if "image" not in batch:
             continue
         keys.append(batch["key"][:, None])
         index.append(batch["index"][:, None])
-        for subject, found in zip(subjects, features):
-            found.append(_encode(subject, batch, setting))
+        for one, found in zip(examined, features):
+            found.append(_encode(one, batch, setting))
     all_keys, all_index = (gather_rows(torch.cat(rows), setting.world_size)[:, 0] for rows in (keys, index))
     place = {pool.offsets[part] + position: number for number, (part, position) in enumerate(spots)}
     order = torch.tensor([place[i] for i in all_index.tolist()], dtype=torch.int64).argsort()[:wanted]
@@ -159,13 +159,13 @@ def _encode_probes(subjects: Sequence[Subject], pool: Pool, probing: Probing, se
 
 
 @torch.no_grad()
-def estimate(subject: Subject, probes: Probes, batch_size: int) -> Estimates:
-    """What the subject's objective would take for the probes' α, a global batch at a time; it is the same afterwards.
+def estimate(one: Examined, probes: Probes, batch_size: int) -> Estimates:
+    """What an objective would take for the probes' α, a global batch at a time; it is the same afterwards.
 
     Args:
         batch_size: N; a multiple of the number of ranks, and P of it.
     """
-    objective = subject.objective
+    objective = one.objective
     # State per sample is too large to restore, and need not be: no two batches share a sample.
     before = None if objective.needs_keys else {k: _copied(v) for k, v in objective.state_dict().items()}
     step = objective.step
@@ -173,7 +173,7 @@ def estimate(subject: Subject, probes: Probes, batch_size: int) -> Estimates:
     parts: list[Estimates] = []
     for start in range(0, len(probes.index), batch_size):
         rows = slice(start + distributed.rank() * share, start + (distributed.rank() + 1) * share)
-        parts.append(_estimate_batch(subject, *(tensor[rows] for tensor in probes)))
+        parts.append(_estimate_batch(one, *(tensor[rows] for tensor in probes)))
         if before is not None:
             objective.load_state_dict(before)
         objective.step = step
@@ -184,12 +184,12 @@ def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _estimate_batch(subject: Subject, images: Tensor, texts: Tensor, _: Tensor, keys: Tensor) -> Estimates:
+def _estimate_batch(one: Examined, images: Tensor, texts: Tensor, _: Tensor, keys: Tensor) -> Estimates:
     """The estimates of one global batch, [2, N] on every rank, from this rank's share of it."""
-    objective = subject.objective
-    inputs = (images, texts, subject.logit_scale, subject.logit_bias, keys if objective.needs_keys else None)
+    objective = one.objective
+    inputs = (images, texts, one.logit_scale, one.logit_bias, keys if objective.needs_keys else None)
     known = objective.recall(*inputs)
-    scale = (subject.logit_scale if known is None else known.logit_scale).expand(2, len(images))
+    scale = (one.logit_scale if known is None else known.logit_scale).expand(2, len(images))
     scale = distributed.all_gather(scale.contiguous(), dim=1)
     fresh = add_log_eps(batch_log_means(gather_batch(images, texts), scale), objective.log_eps)
     fresh = distributed.all_gather(fresh, dim=1)

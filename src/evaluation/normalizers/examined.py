@@ -17,7 +17,7 @@ from neuclip.objectives import OBJECTIVES, Objective, RunShape, add_arguments, b
 
 
 @dataclass
-class Subject:
+class Examined:
     """A checkpoint, ready to be asked for its normalizers.
 
     Attributes:
@@ -74,13 +74,13 @@ def global_batch_size(run: RunFolder) -> int:
     return int(run.params.get("batch_size") or 0) * int(run.params.get("accum_freq") or 1)
 
 
-def open_subject(
+def open_examined(
     run: RunFolder,
     checkpoint: Checkpoint,
     batch_size: int,
     device: torch.device | str = "cpu",
     world_size: int = 1,
-) -> Subject:
+) -> Examined:
     """Load a checkpoint's model and objective. All ranks call it together.
 
     Args:
@@ -90,7 +90,7 @@ def open_subject(
     Raises:
         UserError: the checkpoint is missing, cannot be read, has no objective, or does not fit params.txt.
     """
-    loaded = run.load_model(checkpoint.epoch, checkpoint.iteration, device)
+    loaded = run.load_checkpoint(checkpoint, device)
     try:
         content = torch.load(checkpoint.path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
@@ -116,4 +116,4 @@ def open_subject(
         load_tables(objective, checkpoint.path.parent / content["tables"])
     objective.report = False
     bias = None if bias is None else bias.detach().float().reshape(()).to(device)
-    return Subject(run, checkpoint, loaded, objective, scale, bias, int(content["step"]))
+    return Examined(run, checkpoint, loaded, objective, scale, bias, int(content["step"]))
