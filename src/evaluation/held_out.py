@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from evaluation.curves import plot_curves
 from evaluation.datasets import PairDataset, open_classification
-from evaluation.errors import UserError
 from evaluation.features import PairFeatures
 from evaluation.gallery_picture import draw_gallery
 from evaluation.ranks import Place
