@@ -94,7 +94,8 @@ class RunFolder:
     @property
     def model_facts(self) -> dict[str, Any]:
         """The architecture, and the parameters that change the model or its preprocessing where they are set."""
-        return {"model": self.params["model"], **self._model_options()}
+        set_options = {name: value for name, value in self._model_options().items() if value is not False}
+        return {"model": self.params["model"], **set_options}
 
     @property
     def name(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -19,8 +19,9 @@ from evaluation.datacomp.pairs import ImageShare, ShardImages, TableImages, reca
 from evaluation.datacomp.task_model import TaskModel, finite, gather_share
 from evaluation.datacomp.tasks import Kind, Task
 from evaluation.datacomp.winogavil import InstanceImages, Instances, jaccard_metrics
-from evaluation.datasets import Share, Template, numbered_shards, read_prompts
+from evaluation.datasets import Share, numbered_shards, read_prompts
 from evaluation.errors import UserError
+from evaluation.zero_shot import Template
 
 __all__ = ["TaskModel", "find_data", "measure_task"]
 
@@ -42,6 +43,7 @@ def measure_task(task: Task, data_dir: str | Path, model: TaskModel) -> Metrics:
         UserError: for data that are broken, or a model whose features are not finite; on every rank.
     """
     data_dir = Path(data_dir)
+    measure: Callable[[Task, Path, TaskModel], Metrics]
     measure = {Kind.RETRIEVAL: _retrieval, Kind.WINOGAVIL: _winogavil, Kind.FACES: _faces}.get(task.kind, _classes)
     metrics = measure(task, data_dir, model)
     main = None if task.main_metric is None else metrics[task.main_metric]
@@ -132,21 +134,25 @@ def objective_prompts(folder: Path) -> dict[str, tuple[list[str], list[Template]
     Raises:
         UserError: for a line without such a beginning, or an objective without names or templates.
     """
-    lists: tuple[dict[str, list[str]], dict[str, list[str]]] = ({}, {})
-    for lines, found in zip(read_prompts(folder), lists):
-        for line in lines:
-            objective, separator, text = str(line).partition(":")
-            if not separator:
-                wanted = ", ".join(f"{name}:" for name in grouped.OBJECTIVES)
-                raise UserError(f"{folder}: the line {line!r} of its text files does not begin with one of {wanted}.")
-            found.setdefault(objective, []).append(text)
-    names, templates = lists
+    all_names, all_templates = read_prompts(folder)
+    names, templates = _by_objective(folder, all_names), _by_objective(folder, map(str, all_templates))
     for objective in grouped.OBJECTIVES:
         if objective not in names or objective not in templates:
             raise UserError(
                 f"{folder}: its text files have no lines that begin with {objective}:, for names or templates."
             )
     return {objective: (names[objective], list(templates[objective])) for objective in grouped.OBJECTIVES}
+
+
+def _by_objective(folder: Path, lines: Iterable[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        objective, separator, text = line.partition(":")
+        if not separator:
+            wanted = ", ".join(f"{name}:" for name in grouped.OBJECTIVES)
+            raise UserError(f"{folder}: the line {line!r} of its text files does not begin with one of {wanted}.")
+        found.setdefault(objective, []).append(text)
+    return found
 
 
 def accuracies(labels: Tensor, best: Tensor, top: Tensor) -> Metrics:

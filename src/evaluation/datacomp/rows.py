@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,7 +43,7 @@ class Rows:
         self._groups: list[tuple[int, int]] = []
         self._total = 0
         for number, file in enumerate(self.files):
-            names, sizes = self._guard(number, lambda number=number: _layout(self._reader(number)))
+            names, sizes = self._guard(number, partial(self._layout, number))
             missing = sorted(set(columns) - set(names))
             if missing:
                 raise UserError(f"{file} has no column {missing[0]!r}, only {', '.join(names)[:200]}; fetch it again.")
@@ -68,7 +69,7 @@ class Rows:
         """All of a column, as Python objects."""
         values: list[Any] = []
         for place, (file, _) in enumerate(self._groups):
-            values.extend(self._guard(file, lambda place=place: self._group(place, column).to_pylist()))
+            values.extend(self._guard(file, partial(self._listed, place, column)))
         return values
 
     def strings(self, column: str) -> list[list[str]]:
@@ -89,6 +90,12 @@ class Rows:
         """Row i in words, for messages."""
         file = self.files[self._groups[bisect.bisect_right(self._starts, i) - 1][0]]
         return f"row {i} of {file}" if len(self.files) == 1 else f"row {i} of the table that {file} belongs to"
+
+    def _layout(self, number: int) -> tuple[list[str], list[int]]:
+        return _layout(self._reader(number))
+
+    def _listed(self, place: int, column: str) -> list[Any]:
+        return self._group(place, column).to_pylist()
 
     def _group(self, place: int, column: str) -> Any:
         """One column of a row group."""

@@ -66,3 +66,16 @@ def measure_on_this_rank(runs: list[tuple[str, list[str]]]) -> list[dict[str, di
             except ValueError as error:
                 results[-1][key] = str(error)
     return results
+
+
+def crash_on_the_last_rank() -> list[str]:
+    """What each rank learns when one fails with an error that is no user's mistake, and that all go on after it."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    model = small_task_model(rank=rank, world_size=world_size)
+    heard = []
+    for divisor in (world_size - 1 - rank, 1):
+        try:
+            heard.append(str(model.together(lambda divisor=divisor: 1 // divisor)))
+        except (ValueError, ArithmeticError) as error:
+            heard.append(f"{type(error).__name__}: {error}")
+    return heard

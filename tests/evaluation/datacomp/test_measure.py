@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from evaluation.datacomp.errors import MissingData
@@ -23,7 +26,7 @@ from evaluation.errors import UserError
 from ranks import run_on_ranks
 
 from .sets import FACES, array_bytes, encoded, write_set, write_shards
-from .small_model import measure_on_this_rank, small_task_model
+from .small_model import crash_on_the_last_rank, measure_on_this_rank, small_task_model
 
 ONE_OF_EACH = (
     "vtab/caltech101",
@@ -150,17 +153,41 @@ def test_every_kind_has_its_main_metric_and_is_json(alone: dict[str, dict[str, A
     assert alone["vtab/pcam"]["acc5"] is None
 
 
-@pytest.mark.parametrize("layout", ["shards", "parquet"])
-def test_layouts_of_retrieval_give_the_same_numbers(tmp_path: Path, layout: str) -> None:
-    task = TASKS["retrieval/flickr_1k_test_image_text_retrieval"]
-    # As in shards: the tables otherwise hold turned images too.
-    write_set(task, tmp_path / "shards", layout="shards")
-    wanted = measure_task(task, tmp_path / "shards", small_task_model())
-    write_set(task, tmp_path / "other", layout=layout)
-    got = measure_task(task, tmp_path / "other", small_task_model())
-    turned = {"image_retrieval_recall@1", "image_retrieval_recall@5"} if layout != "shards" else set()
-    assert got == wanted if not turned else set(got) == set(wanted)
-    assert 0 < got["image_retrieval_recall@10"] < 1
+@pytest.mark.parametrize("layout", ["cache", "parquet", "user-parquet", "hub", "shards"])
+def test_retrieval_by_loop(tmp_path: Path, layout: str) -> None:
+    """Shards convert to RGB before resizing; tables keep the mode and heed Exif."""
+    task, model = TASKS["retrieval/mscoco_2014_5k_test_image_text_retrieval"], small_task_model()
+    folder = write_set(task, tmp_path, layout=layout)
+    images: list[Tensor] = []
+    texts: list[tuple[int, Tensor]] = []
+    if layout == "shards":
+        pairs = [(image, contents["txt"].decode().split("\n")) for image, contents in shard_samples(folder)]
+    else:
+        table = pyarrow.concat_tables(
+            [read_table(path) for path in sorted(folder.glob("*test*")) or sorted(folder.iterdir())]
+        )
+        files = [Image.open(io.BytesIO(image["bytes"])) for image in table["image"].to_pylist()]
+        pairs = list(zip(map(ImageOps.exif_transpose, files), table["caption"].to_pylist()))
+    for number, (image, captions) in enumerate(pairs):
+        images.append(image_feature(model, image))
+        texts.extend((number, text_feature(model, caption)) for caption in captions)
+    scores = [[float(text @ image) for image in images] for _, text in texts]
+    found = [owner == max(range(len(images)), key=row.__getitem__) for (owner, _), row in zip(texts, scores)]
+    best = [max(range(len(texts)), key=lambda j, i=i: scores[j][i]) for i in range(len(images))]
+    recall = {
+        "image_retrieval_recall@1": float(np.mean(found)),
+        "text_retrieval_recall@1": float(np.mean([texts[j][0] == i for i, j in enumerate(best)])),
+    }
+    got = measure_task(task, tmp_path, model)
+    assert {name: got[name] for name in recall} == pytest.approx(recall)
+    assert got["main_metric"] == pytest.approx(sum(recall.values()) / 2)
+    assert model.samples[task.key] == len(images) == 17
+
+
+def read_table(path: Path) -> Any:
+    if path.suffix == ".parquet":
+        return pyarrow.parquet.read_table(path)
+    return pyarrow.ipc.open_stream(path.read_bytes()).read_all()
 
 
 def test_each_image_is_encoded_once_and_each_head_built_once(
@@ -225,6 +252,12 @@ def test_any_number_of_ranks_gives_the_numbers_of_one(
         assert "s0000001" in message
         assert "npy" in message
         assert list(results[1].values()) == wanted
+
+
+def test_a_crash_on_one_rank_ends_the_work_of_all() -> None:
+    first, last = run_on_ranks(crash_on_the_last_rank, 2, timeout=120)
+    assert first == ["UserError: rank 1 failed: ZeroDivisionError: integer division or modulo by zero", "1"]
+    assert last == ["ZeroDivisionError: integer division or modulo by zero", "1"]
 
 
 def test_features_that_are_not_finite(data_dir: Path) -> None:

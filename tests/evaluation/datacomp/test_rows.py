@@ -53,13 +53,12 @@ def test_arrow_files_may_be_framed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["cache", "parquet"])
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_loader_processes(tmp_path: Path, layout: str, context: str) -> None:
+def test_loader_processes(tmp_path: Path, layout: str) -> None:
     write_set(FLICKR, tmp_path, layout=layout)
     source = TableImages(table_files(FLICKR, tmp_path))
     assert source.image(3).size  # a file is open, and a row group held, when the workers start
     share = ImageShare(source, Corner(), 1, 2)
-    loader: Any = DataLoader(share, batch_size=3, num_workers=2, multiprocessing_context=context)
+    loader: Any = DataLoader(share, batch_size=3, num_workers=2, multiprocessing_context="fork")
     got = [(int(i), float(value)) for batch in loader for i, value in zip(batch["index"], batch["image"])]
     assert got == [(i, Corner()(source.image(i))) for i in range(1, 17, 2)]
 
