@@ -80,13 +80,12 @@ def _table_folders(name: str, root: Path) -> Iterator[Path]:
 
 
 def _snapshots(repository: Path) -> list[Path]:
-    """The snapshots of a repository in a hub cache: those that a branch names first (main last), then the newest."""
+    """The snapshots of a repository in a hub cache: main's first, then other branches', then the newest."""
     folder = repository / "snapshots"
     if not folder.is_dir():
         return []
-    named = [
-        path.read_text().strip() for path in sorted((repository / "refs").rglob("*"), reverse=True) if path.is_file()
-    ]
+    references = [path for path in (repository / "refs").rglob("*") if path.is_file()]
+    named = [path.read_text().strip() for path in sorted(references, key=lambda path: (path.name != "main", path))]
     others = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
     return list(dict.fromkeys([folder / commit for commit in named] + others))
 

@@ -119,3 +119,5 @@ def test_the_snapshot_of_a_branch_counts(tmp_path: Path) -> None:
     (repository / "refs" / "convert").mkdir(parents=True)
     (repository / "refs" / "convert" / "parquet").write_text("converted")
     assert find_data(WINOGAVIL, tmp_path).name == "converted"
+    (repository / "refs" / "main").write_text("old")
+    assert find_data(WINOGAVIL, tmp_path).name == "old"
