@@ -27,7 +27,7 @@ def ablation_table(groups: Sequence[Group], by: Sequence[str], metrics: Sequence
     """
     columns, parts = [], []
     for i, flag in enumerate(by):
-        columns.append(Column(flag, flag, "g"))
+        columns.append(Column(flag, flag, ".10g"))
         parts.append([_value(group.values[i]) for group in groups])
     if len({str(group.values) for group in groups}) < len(groups):
         columns.append(Column("runs", "runs"))

@@ -19,7 +19,7 @@ COLUMNS = [
     Column("objective_seconds", "loss with NPN, ms/step", ".2f", 1000.0),
     Column("seconds_per_step", "step, ms", ".2f", 1000.0),
     Column("normalizer_share", "NPN, % of the step", ".2f", 100.0),
-    Column("steps", "steps", "g"),
+    Column("steps", "steps", ".10g"),
 ]
 
 

@@ -110,6 +110,14 @@ def test_rows_of_the_same_value_name_their_runs(make_run: RunMaker, tmp_path: Pa
     assert [(row["npn_restart_iter"], row["runs"]) for row in rows_of_csv(table)] == [("500", "high"), ("500", "low")]
 
 
+def test_large_values_of_flags_stay_readable(make_run: RunMaker, tmp_path: Path) -> None:
+    for value in (1048576, 65536):
+        make_run(f"m{value}", npn_num_protos=value)
+    groups, _ = group_runs(open_runs([str(tmp_path / "logs" / "*")]), ["npn_num_protos"])
+    rows = rows_of_markdown(ablation_table(groups, ["npn_num_protos"], [R1]))
+    assert [row[0] for row in rows[2:]] == ["65536", "1048576"]
+
+
 def test_the_papers_names_are_flags() -> None:
     assert vars(parse_args(["--dataset-type", "synthetic"])).keys() >= set(PAPER_TABLES.values())
 
