@@ -40,18 +40,20 @@ BATCH_JOBS = [path for path in SHELL_SCRIPTS if path.suffix == ".sbatch"]
 
 @pytest.mark.parametrize("script", BATCH_JOBS, ids=lambda path: path.stem)
 def test_batch_jobs_live_through_interruptions(script: Path) -> None:
-    """What `train` and `evaluate` of common.sh rely on; these lines cannot be sourced."""
+    """What `train`, `evaluate` and `restartable` of common.sh rely on; these lines cannot be sourced."""
     text = script.read_text(encoding="utf-8")
     asked = {line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")}
     assert {"--open-mode=append", "--requeue"} <= asked
     assert "scripts/slurm/common.sh" in text
-    started = [line.split()[0] for line in text.splitlines() if line.startswith(("train ", "evaluate "))]
+    started = [
+        line.split()[0] for line in text.splitlines() if line.startswith(("train ", "evaluate ", "restartable "))
+    ]
     if started == ["train"]:
         # The ranks save before they end; under the same name the next start finds what they saved.
         assert "--signal=USR1@300" in asked
         assert "--name " in text
     else:
         # An evaluation has nothing to save: its results are written as they come.
-        assert started == ["evaluate"]
+        assert started in (["evaluate"], ["restartable"])
         assert "--signal=B:USR1@120" in asked
         assert "--train_output_dir " in text

@@ -35,17 +35,22 @@ train() {
     [ "$status" = 0 ] || exit "$status"
 }
 
-# evaluate FLAGS... : one process per task. Finished tasks are kept, so that a job that slurm ends goes on where it was:
-# after preemption slurm requeues it by itself; before its time limit this shell does, where the sbatch script has these lines:
-#   #SBATCH --signal=B:USR1@120   this shell, not the ranks, is warned 120 s before slurm ends them
+# evaluate FLAGS... : our suite, one process per task.
+evaluate() {
+    restartable srun --kill-on-bad-exit=1 python -u src/evaluation/main.py "$@"
+}
+
+# restartable COMMAND... : a command that keeps what it has finished, so that a job that slurm ends goes on where it was. After
+# preemption slurm requeues it by itself; before its time limit this shell does, where the sbatch script has these lines:
+#   #SBATCH --signal=B:USR1@120   this shell, not the command, is warned 120 s before slurm ends both
 #   #SBATCH --requeue
 #   #SBATCH --open-mode=append
-evaluate() {
+restartable() {
     local status step
     trap evaluate_later USR1
-    srun --kill-on-bad-exit=1 python -u src/evaluation/main.py "$@" &
+    "$@" &
     step=$!
-    # The warning ends the wait, not the ranks: they measure until slurm ends them.
+    # The warning ends the wait, not the command: it goes on until slurm ends it.
     while :; do
         status=0
         wait "$step" || status=$?

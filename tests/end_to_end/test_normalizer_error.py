@@ -197,7 +197,10 @@ def test_what_is_there_is_not_measured_again(
         (["--epochs", "1;2"], r"--epochs 1;2 is no list"),
         (["--probes", "0"], r"--probes 0: give 1 or more"),
         (["--global_batch", "1"], r"--global_batch 1 of .* cannot be dealt out"),
-        (["--global_batch", "512"], r"only 200 of 200 samples drawn are whole and 4096 are needed .* smaller --global_batch"),
+        (
+            ["--global_batch", "512"],
+            r"only 200 of 200 samples drawn are whole and 4096 are needed .* smaller --global_batch",
+        ),
         (["--data", "nowhere.tar"], r"nowhere\.tar does not exist"),
     ],
 )

@@ -220,3 +220,14 @@ def test_batch_job_near_its_time_limit_goes_back_into_the_queue(
     # The ranks were left alone: they had their two seconds, and their status counts.
     assert process.returncode == 0
     assert ("scontrol requeue 77" in (place / "calls").read_text()) == requeued
+
+
+def test_batch_job_of_the_public_code(place: Path, slurm: dict[str, str]) -> None:
+    """It hands everything to evaluate_datacomp.sh, whose status is the job's: here there is no such epoch."""
+    script = ROOT / "scripts" / "slurm" / "evaluate_datacomp.sbatch"
+    variables = {**slurm, "RUN": str(place / "logs" / "run"), "DATA_DIR": str(place / "data")}
+    done = subprocess.run(
+        ["bash", str(script), "--epoch", "77"], env=variables, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert f"{place}/logs/run/checkpoints/epoch_77.pt does not exist" in done.stderr
