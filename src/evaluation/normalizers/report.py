@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ matplotlib.use("Agg")  # before pyplot: no window, and no need of a display
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from evaluation.figure_style import COLORS, STYLE, save_figure
+from evaluation.figure_style import COLORS, MUTED, STYLE, save_figure
 from evaluation.run_folder import Checkpoint, RunFolder
 from evaluation.whole_files import write_whole
 
 Record = dict[str, Any]
 
-ESTIMATES = {"used": "-", "own": "-.", "batch": ":"}
+# estimate → line style
+ESTIMATES = {"used": "-", "own": "--", "batch": ":"}
 
 
 class ErrorFile:
@@ -116,11 +119,11 @@ def draw(files: Sequence[ErrorFile]) -> Figure:
     """Errors over samples seen: a panel for each global batch size, a colour for each objective, a line style for each
     estimate. The vertical axis is logarithmic."""
     batches = sorted({file.setting["batch"] for file in files})
+    colors = dict(zip(dict.fromkeys(file.run.objective for file in files), cycle(COLORS)))
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(
-            1, len(batches), figsize=(5.6 * len(batches), 4.4), layout="constrained", sharey=True, squeeze=False
+            1, len(batches), figsize=(5.4 * len(batches) + 0.4, 5.2), layout="constrained", sharey=True, squeeze=False
         )
-        colors = dict(zip(dict.fromkeys(file.run.objective for file in files), COLORS))
         for panel, batch in zip(panels[0], batches):
             for file in files:
                 if file.setting["batch"] == batch:
@@ -129,8 +132,12 @@ def draw(files: Sequence[ErrorFile]) -> Figure:
             panel.set_xlabel("samples seen")
             panel.set_yscale("log")
             panel.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
-            panel.legend(fontsize=8)
         panels[0][0].set_ylabel("mean squared error of log-normalizers")
+        entries = [Line2D([], [], color=color, label=name, linewidth=3) for name, color in colors.items()]
+        entries += [Line2D([], [], color=MUTED, linestyle=line, label=name) for name, line in ESTIMATES.items()]
+        figure.legend(
+            handles=entries, loc="outside lower center", ncols=max(3, len(colors) if len(batches) == 1 else 7)
+        )
     return figure
 
 
@@ -142,7 +149,7 @@ def _draw_run(panel: Axes, file: ErrorFile, color: str) -> None:
             continue  # it is what they use
         if any(value is not None for value in values):
             points = [float("nan") if value is None else value for value in values]
-            label = f"{file.run.objective}, {name}"
+            label = f"{file.run.name}, {name}"
             panel.plot(samples, points, line, color=color, label=label, marker="o", markersize=3.5)
 
 
