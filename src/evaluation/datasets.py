@@ -25,7 +25,8 @@ from torch.utils.data import Dataset
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
-from evaluation.errors import UserError
+from evaluation.errors import NoPairsError, UserError
+from evaluation.sample_json import json_object
 from evaluation.zero_shot import Template
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
@@ -229,6 +230,8 @@ class Share(Dataset[dict[str, Any]]):
 class PairDataset(Share):
     """Image–text pairs in webdataset shards: png|jpg|jpeg|webp + txt, and optionally json with a "concept".
 
+    As in training, a "caption" in the json stands in for a txt that is not there.
+
     Samples without an image or a caption are left out (`skipped` counts them). Gaps in the keys do not matter.
 
     Args:
@@ -255,9 +258,9 @@ class PairDataset(Share):
         limit: int | None = None,
     ) -> None:
         self.index = ShardIndex(expand_shards(pattern))
-        self.skipped = self.index.keep(lambda members: _has(members, "txt"))
+        self.skipped = self.index.keep(self._is_pair)
         if not len(self.index):
-            raise UserError(f"--pairs {pattern}: no sample has both an image and a txt; check the shards.")
+            raise NoPairsError(f"{pattern}: no sample has both an image and a txt; check the shards.")
         total = len(self.index) if limit is None else min(limit, len(self.index))
         super().__init__(total, rank, world_size)
         self.transform, self.tokenizer = transform, tokenizer
@@ -277,7 +280,14 @@ class PairDataset(Share):
 
     def caption(self, i: int) -> str:
         """The caption with global index i."""
-        return self._text(i, "txt").strip()
+        if "txt" in self.index.members[i]:
+            return self._text(i, "txt").strip()
+        return str(json_object(self.index.read(self.index.members[i]["json"])).get("caption", "")).strip()
+
+    def _is_pair(self, members: dict[str, Member]) -> bool:
+        if _has(members, "txt"):
+            return True
+        return _has(members, "json") and isinstance(json_object(self.index.read(members["json"])).get("caption"), str)
 
     def concept(self, i: int) -> str:
         """The "concept" in the json of the sample with global index i; empty if there is none."""

@@ -14,6 +14,10 @@ class UserError(ValueError):
     """
 
 
+class NoPairsError(UserError):
+    """Shards that are whole and hold no image–text pair."""
+
+
 def one_line(error: BaseException) -> str:
     """The message of an error; of one that comes from a loader process, without that process's traceback before it."""
     lines = str(error).strip().splitlines()

@@ -17,10 +17,11 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from evaluation import precision
-from evaluation.errors import UserError, message_of
+from evaluation.errors import UserError, one_line
 from evaluation.normalizers.examined import Examined, global_batch_size, open_examined
 from evaluation.normalizers.measure import Probing, measure
 from evaluation.normalizers.pool import Pool, open_pool
@@ -30,6 +31,8 @@ from evaluation.run_folder import Checkpoint, RunFolder
 from evaluation.suite import Setting
 from evaluation.whole_files import write_whole
 from neuclip.objectives import OBJECTIVES
+
+T = TypeVar("T")
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -92,31 +95,46 @@ def examine(run: RunFolder, args: argparse.Namespace, place: Place) -> ErrorFile
     """Measure those checkpoints of a run that its normalizer_error.json does not have yet. All ranks call it together."""
     batch_size = args.global_batch or global_batch_size(run)
     data = args.data or str(run.params.get("train_data") or "")
-    _check(run, data, batch_size, place.world_size)
+    place.together(lambda: _check(run, data, batch_size, place.world_size))
     probing = Probing(batch_size, args.probes, args.seed)
-    file = ErrorFile(run, {"data": data, "batch": batch_size, "probes": probing.wanted, "seed": args.seed})
-    # All ranks decide before the first of them writes.
-    due = place.together(lambda: [c for c in chosen_checkpoints(run, args.epochs) if not file.has(c)])
+    chosen = precision.chosen_precision(args.precision, place.device)
+    facts = {"data": data, "batch": batch_size, "probes": probing.wanted, "seed": args.seed, "precision": chosen.name}
+    # Rank 0 decides for all: its file system may be ahead of theirs.
+    file, due = place.from_main(lambda: _due(ErrorFile(run, facts), chosen_checkpoints(run, args.epochs)))
     if not due:
         return file
-    examined = place.together(lambda: [_open(run, c, batch_size, place) for c in due])
+    examined = place.together(lambda: [open_examined(run, c, batch_size, place.device, place.world_size) for c in due])
     setting = Setting(
         device=place.device,
         batch_size=args.batch_size,
         workers=args.workers,
-        autocast_context=precision.chosen_precision(args.precision, place.device).autocast_context,
+        autocast_context=chosen.autocast_context,
         rank=place.rank,
         world_size=place.world_size,
     )
-    if place.is_main:
-        print(f"{run.name}: {', '.join(c.label for c in due)} against all of {data} …", flush=True)
+    place.say(f"{run.name}: {', '.join(c.label for c in due)} against all of {data} …")
     pool = _open_pool(run, data, examined[0], args.workers, place)
     records = measure(examined, pool, probing, setting)
     for one, record in zip(examined, records):
         file.add(one.checkpoint, {"step": one.step, "samples_seen": one.step * global_batch_size(run), **record})
-    if place.is_main:
-        file.write()
+    place.from_main(lambda: _written(file.path, file.write))
     return file
+
+
+def _due(file: ErrorFile, checkpoints: list[Checkpoint]) -> tuple[ErrorFile, list[Checkpoint]]:
+    return file, [checkpoint for checkpoint in checkpoints if not file.has(checkpoint)]
+
+
+def _written(path: Path, write: Callable[[], T]) -> T:
+    """What a function that writes gives.
+
+    Raises:
+        UserError: it cannot write.
+    """
+    try:
+        return write()
+    except OSError as error:
+        raise UserError(f"{error.filename or path} cannot be written: {error.strerror or error}") from None
 
 
 def _check(run: RunFolder, data: str, batch_size: int, world_size: int) -> None:
@@ -127,10 +145,11 @@ def _check(run: RunFolder, data: str, batch_size: int, world_size: int) -> None:
             f"--global_batch {batch_size} of {run.name} cannot be dealt out to {world_size} ranks: "
             "give at least 2 and a multiple of the number of ranks"
         )
-
-
-def _open(run: RunFolder, checkpoint: Checkpoint, batch_size: int, place: Place) -> Examined:
-    return open_examined(run, checkpoint, batch_size, place.device, place.world_size)
+    own = global_batch_size(run)
+    if OBJECTIVES[run.objective].sums_over_batch and batch_size != own:
+        raise UserError(
+            f"--global_batch {batch_size}: what {run.objective} has learnt stands for sums over batches of {own}, leave it out"
+        )
 
 
 def _open_pool(run: RunFolder, data: str, one: Examined, workers: int, place: Place) -> Pool:
@@ -151,17 +170,26 @@ def _open_pool(run: RunFolder, data: str, one: Examined, workers: int, place: Pl
     )
 
 
-def run_tool(args: argparse.Namespace) -> None:
+def run_tool(args: argparse.Namespace, place: Place) -> None:
     """Examine all runs; rank 0 writes the table and the picture."""
-    runs = [RunFolder(path) for path in args.train_output_dir]
-    for run in runs:  # what is missing is reported before anything is computed
+    runs, folder = place.from_main(lambda: _prepared(args))
+    files = [examine(run, args, place) for run in runs]
+    place.from_main(lambda: _written(folder, lambda: _write(files, folder)))
+
+
+def _prepared(args: argparse.Namespace) -> tuple[list[RunFolder], Path]:
+    """The runs, each once, and the folder for what is written: what is missing is told before anything is computed."""
+    runs = list({Path(path).resolve(): RunFolder(path) for path in args.train_output_dir}.values())
+    for run in runs:
         chosen_checkpoints(run, args.epochs)
-    with joined(args.device) as place:
-        files = [examine(run, args, place) for run in runs]
-        if not place.is_main:
-            return
+        if run.objective not in OBJECTIVES:
+            raise UserError(f"{run.path}/params.txt says objective: {run.objective}; known are {', '.join(OBJECTIVES)}")
     folder = Path(args.out) if args.out else runs[0].path
-    folder.mkdir(parents=True, exist_ok=True)
+    _written(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
+    return runs, folder
+
+
+def _write(files: Sequence[ErrorFile], folder: Path) -> None:
     table = markdown(files)
     write_whole(folder / "normalizer_error.md", table)
     pictures = write_picture(draw(files), folder)
@@ -172,10 +200,12 @@ def run_tool(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line tool; returns the exit status. A user's mistake is one line on stderr and status 2."""
     try:
-        run_tool(parse_args(sys.argv[1:] if argv is None else argv))
+        args = parse_args(sys.argv[1:] if argv is None else argv)
+        with joined(args.device) as place:
+            run_tool(args, place)
     except UserError as error:
         if not isinstance(error, SharedError) or environment()[0] == 0:
-            print(f"error: {message_of(error)}", file=sys.stderr)
+            print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -53,7 +53,7 @@ class Evaluator:
 
     Attributes:
         pairs: the validation pairs, or None.
-        last_features: on rank 0 their features at the last evaluation that had them.
+        last_features: on rank 0 their features at the last evaluation, if they were due; None otherwise.
 
     Raises:
         UserError: a set cannot be opened; the message names the flag.
@@ -89,6 +89,7 @@ class Evaluator:
     def __call__(self, towers: TwoTowers, epoch: int) -> dict[str, float]:
         """Metrics of the sets that are due after `epoch` completed epochs; the same on every rank, empty if none is due."""
         metrics: dict[str, float] = {}
+        self.last_features = None
         self._share_buffers(towers)
         try:
             if self.pairs is not None and self._is_due(epoch, self.args.val_frequency):

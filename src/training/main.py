@@ -305,6 +305,7 @@ def _evaluate(training: Training, evaluator: Evaluator) -> None:
         args, folder = training.args, reporter.folder.path
         pictures = draw_pictures(folder, args, state.epoch, evaluator.pairs, evaluator.last_features)
         reporter.pictures(state.step, pictures)
+    evaluator.last_features = None  # they need not lie in memory while the run goes on
 
 
 def _write_plan(args: Namespace, world: World, folder: RunFolder, training: Training) -> None:

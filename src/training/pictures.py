@@ -39,9 +39,9 @@ def draw_pictures(
         if pairs is not None and features is not None:
             _draw_gallery(folder / f"{GALLERY}.png", args, epoch, pairs, features)
             drawn[GALLERY] = folder / f"{GALLERY}.png"
-    except (OSError, ValueError) as error:
-        # A full disk, or a picture among the pairs that was replaced by something else since it was encoded.
-        logging.error("pictures after epoch %d cannot be drawn: %s", epoch, error)
+    except Exception as error:
+        # A full disk, a font that is not there, a picture that was replaced since it was encoded: no reason to end a run.
+        logging.exception("pictures after epoch %d cannot be drawn: %s", epoch, error)
     return drawn
 
 

@@ -202,6 +202,7 @@ def test_what_is_there_is_not_measured_again(
             r"only 200 of 200 samples drawn are whole and 4096 are needed .* smaller --global_batch",
         ),
         (["--data", "nowhere.tar"], r"nowhere\.tar does not exist"),
+        (["--out", "/dev/null/x"], r"/dev/null/x cannot be written"),
     ],
 )
 def test_mistakes(

@@ -70,6 +70,13 @@ def test_nothing_changes(flags: str, features: FeatureMaker) -> None:
     assert same(before, flat(objective.state_dict()))
 
 
+def test_an_npn_that_has_not_begun_knows_nothing(features: FeatureMaker) -> None:
+    objective = make_objective("--objective neuclip", RunShape(DIM, N, 1, 4, 3))
+    known = objective.recall(*(x.detach() for x in features(9, N, DIM)), SCALE)
+    assert known is not None
+    assert bool(known.log_normalizers.isnan().all())
+
+
 def test_moving_averages_are_those_of_the_last_visit(features: FeatureMaker) -> None:
     objective = trained("--fastclip --multiply_tau --gamma_schedule constant --gamma 0.3", features)
     assert isinstance(objective, FastCLIP)

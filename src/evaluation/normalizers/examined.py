@@ -25,7 +25,7 @@ class Examined:
         loaded: the model with preprocessing and tokenizer.
         objective: with all it had learnt.
         logit_scale: 1/τ, 0-dim float32. logit_bias: 0-dim, or None.
-        step: optimizer steps taken.
+        step, epoch: optimizer steps taken, epochs completed.
     """
 
     run: RunFolder
@@ -35,6 +35,11 @@ class Examined:
     logit_scale: Tensor
     logit_bias: Tensor | None
     step: int
+    epoch: int
+
+    def forget_objective(self) -> None:
+        """Let go of it: tables by sample may be most of the memory."""
+        self.objective = Objective()
 
 
 def objective_arguments(run: RunFolder) -> Namespace:
@@ -92,7 +97,8 @@ def open_examined(
     """
     loaded = run.load_checkpoint(checkpoint, device)
     try:
-        content = torch.load(checkpoint.path, map_location="cpu", weights_only=True)
+        # Mapped: the towers' weights and the optimizer's state stay on the disk.
+        content = torch.load(checkpoint.path, map_location="cpu", weights_only=True, mmap=True)
     except UNREADABLE as error:
         raise UserError(f"{checkpoint.path} cannot be read: {reason_of(error)}") from None
     if not isinstance(content.get("objective"), dict) or "state_dict" not in content["objective"]:
@@ -116,4 +122,4 @@ def open_examined(
         load_tables(objective, checkpoint.path.parent / content["tables"])
     objective.report = False
     bias = None if bias is None else bias.detach().float().reshape(()).to(device)
-    return Examined(run, checkpoint, loaded, objective, scale, bias, int(content["step"]))
+    return Examined(run, checkpoint, loaded, objective, scale, bias, int(content["step"]), int(content["epoch"]))

@@ -6,8 +6,9 @@ all n samples:
     batch   log(ε + g) over the probe's own batch: what a mini-batch loss has to do with
     own     what the method has learnt or remembers before it sees the batch: log u, the moving average of AmorLIP's networks,
             the NPN's prediction; none for a mini-batch loss
-    used    the α that a training step at this checkpoint would divide by, after it has learnt from the batch and mixed the
-            batch's estimate in; for a mini-batch loss the batch's estimate
+    used    the α that the next training step would divide by, after it has learnt from the batch and mixed the batch's
+            estimate in; for a mini-batch loss the batch's estimate. At the end of an epoch that step is the next epoch's,
+            with what changes there (γ by epochs, networks begun anew)
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from evaluation.normalizers.pool import Everything, Pool, Spots, batches, draw_s
 from evaluation.normalizers.truth import Anchors, StreamedNormalizers
 from evaluation.suite import Setting
 from neuclip import distributed
-from neuclip.normalizers import add_log_eps
+from neuclip.normalizers import ShardedTable, add_log_eps
 from neuclip.pairwise import batch_log_means, gather_batch
 
 SIDES = ("image", "text")
@@ -90,6 +91,9 @@ def measure(examined: Sequence[Examined], pool: Pool, probing: Probing, setting:
     """
     encoded = _encode_probes(examined, pool, probing, setting)
     estimates = [estimate(one, probes, probing.batch_size) for one, probes in zip(examined, encoded)]
+    epsilons = [one.objective.log_eps for one in examined]
+    for one in examined:
+        one.forget_objective()
     sums = [
         StreamedNormalizers(Anchors(probes.image_features, probes.text_features, probes.index, guess.logit_scale))
         for probes, guess in zip(encoded, estimates)
@@ -104,8 +108,8 @@ def measure(examined: Sequence[Examined], pool: Pool, probing: Probing, setting:
             total.add(*_encode(one, batch, setting), batch["index"])
     lost = int(gather_rows(torch.tensor([[left_out]]), setting.world_size).sum())
     records = []
-    for one, guess, total in zip(examined, estimates, sums):
-        truth, number = total.log_normalizers(one.objective.log_eps, setting.world_size)
+    for log_eps, guess, total in zip(epsilons, estimates, sums):
+        truth, number = total.log_normalizers(log_eps, setting.world_size)
         records.append({"samples": number, "left_out": lost, **_record(guess, truth)})
     return records
 
@@ -145,6 +149,9 @@ def _encode_probes(examined: Sequence[Examined], pool: Pool, probing: Probing, s
             f"only {len(order)} of {len(spots)} samples drawn are whole{missing} and {wanted} are needed for batches of "
             f"{probing.batch_size}: give fewer --probes or a smaller --global_batch, or mend the data"
         )
+    chosen_keys = all_keys[order]
+    for one in examined:
+        _check_keys(one, chosen_keys)
     probes = []
     for found in features:
         sides = []
@@ -154,49 +161,72 @@ def _encode_probes(examined: Sequence[Examined], pool: Pool, probing: Probing, s
         if not all(bool(torch.isfinite(side).all()) for side in sides):
             raise UserError("features are not finite: the model has diverged, examine an earlier checkpoint.")
         device = sides[0].device
-        probes.append(Probes(sides[0], sides[1], all_index[order].to(device), all_keys[order].to(device)))
+        probes.append(Probes(sides[0], sides[1], all_index[order].to(device), chosen_keys.to(device)))
     return probes
+
+
+def _check_keys(one: Examined, keys: Tensor) -> None:
+    """On the host, before they go to the device."""
+    try:
+        one.objective.check_keys(keys)
+    except ValueError as error:
+        raise UserError(f"--data is not what {one.run.name} was trained on: {error}") from None
 
 
 @torch.no_grad()
 def estimate(one: Examined, probes: Probes, batch_size: int) -> Estimates:
-    """What an objective would take for the probes' α, a global batch at a time; it is the same afterwards.
+    """What an objective takes for the probes' α, a global batch at a time, each from the state of the checkpoint.
+
+    The objective is in its next epoch afterwards.
 
     Args:
         batch_size: N; a multiple of the number of ranks, and P of it.
     """
     objective = one.objective
-    # State per sample is too large to restore, and need not be: no two batches share a sample.
-    before = None if objective.needs_keys else {k: _copied(v) for k, v in objective.state_dict().items()}
-    step = objective.step
     share = batch_size // distributed.world_size()
-    parts: list[Estimates] = []
-    for start in range(0, len(probes.index), batch_size):
-        rows = slice(start + distributed.rank() * share, start + (distributed.rank() + 1) * share)
-        parts.append(_estimate_batch(one, *(tensor[rows] for tensor in probes)))
+    starts = range(0, len(probes.index), batch_size)
+    own_rows = [slice(s + distributed.rank() * share, s + (distributed.rank() + 1) * share) for s in starts]
+    known = [_known(one, probes, rows) for rows in own_rows]
+    fresh, own, scale = (None if known[0][i] is None else torch.cat([part[i] for part in known], 1) for i in range(3))  # type: ignore[misc]
+    assert fresh is not None
+    assert scale is not None
+    objective.start_epoch(one.epoch)
+    # Tables by sample are too large to be copied; of them only the rows of a batch change.
+    before = None if objective.needs_keys else {k: _copied(v) for k, v in objective.state_dict().items()}
+    step, tables = objective.step, [module for module in objective.modules() if isinstance(module, ShardedTable)]
+    used = []
+    for start, rows in zip(starts, own_rows):
+        keys = probes.keys[start : start + batch_size]
+        table_rows = [table.read(keys) for table in tables]
+        alpha = objective(*_inputs(one, probes, rows)).log_normalizers
+        used.append(None if alpha is None else distributed.all_gather(alpha, dim=1))
+        for table, old in zip(tables, table_rows):
+            table.write(keys, old)
         if before is not None:
             objective.load_state_dict(before)
         objective.step = step
-    return Estimates(*(None if parts[0][i] is None else torch.cat([part[i] for part in parts], 1) for i in range(4)))  # type: ignore[arg-type, misc]
+    return Estimates(fresh, own, fresh if used[0] is None else torch.cat(used, 1), scale)  # type: ignore[arg-type]
 
 
 def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _estimate_batch(one: Examined, images: Tensor, texts: Tensor, _: Tensor, keys: Tensor) -> Estimates:
-    """The estimates of one global batch, [2, N] on every rank, from this rank's share of it."""
-    objective = one.objective
-    inputs = (images, texts, one.logit_scale, one.logit_bias, keys if objective.needs_keys else None)
-    known = objective.recall(*inputs)
-    scale = (one.logit_scale if known is None else known.logit_scale).expand(2, len(images))
-    scale = distributed.all_gather(scale.contiguous(), dim=1)
-    fresh = add_log_eps(batch_log_means(gather_batch(images, texts), scale), objective.log_eps)
-    fresh = distributed.all_gather(fresh, dim=1)
-    own = None if known is None else distributed.all_gather(known.log_normalizers, dim=1)
-    used = objective(*inputs).log_normalizers
-    used = fresh if used is None else distributed.all_gather(used, dim=1)
-    return Estimates(fresh, own, used, scale)
+def _inputs(one: Examined, probes: Probes, rows: slice) -> tuple[Any, ...]:
+    """What the objective is called with for some of the probes."""
+    keys = probes.keys[rows] if one.objective.needs_keys else None
+    return probes.image_features[rows], probes.text_features[rows], one.logit_scale, one.logit_bias, keys
+
+
+def _known(one: Examined, probes: Probes, rows: slice) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Of one global batch, [2, N] on every rank from this rank's rows: its own estimate, what the method knows, 1/τ."""
+    objective, inputs = one.objective, _inputs(one, probes, rows)
+    recollection = objective.recall(*inputs)
+    scale = one.logit_scale if recollection is None else recollection.logit_scale
+    scale = distributed.all_gather(scale.expand(2, len(inputs[0])).contiguous(), dim=1)
+    fresh = add_log_eps(batch_log_means(gather_batch(*inputs[:2]), scale), objective.log_eps)
+    own = None if recollection is None else distributed.all_gather(recollection.log_normalizers, dim=1)
+    return distributed.all_gather(fresh, dim=1), own, scale
 
 
 def _record(guess: Estimates, truth: Tensor) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from evaluation.collectives import all_reduce_sum
 from evaluation.csv_pairs import CsvPairs
 from evaluation.datasets import PairDataset, Tokenizer, Transform, expand_shards
-from evaluation.errors import UserError
+from evaluation.errors import NoPairsError, UserError
 from evaluation.sample_json import parse_key
 
 Sample = dict[str, Any]
@@ -45,10 +45,12 @@ class Pool:
     def sample(self, spot: Spot, opened: PairDataset) -> Sample | None:
         """`image`, `text`, `index` (global) and `key` of a sample; None for one whose image, caption or key is broken.
 
-        A training run leaves such samples out too.
+        A training run leaves such samples out too, and those with an empty caption.
         """
         part, place = spot
         try:
+            if not opened.caption(place):
+                return None
             sample = opened[place]
             sample["key"] = self._key(opened, place) if self.needs_keys else 0
         except UserError:
@@ -107,7 +109,10 @@ def open_pool(
     own = range(rank, len(openers), world_size)
     for part, length in DataLoader(_Lengths(openers, own), batch_size=None, num_workers=min(workers, len(own))):
         lengths[part] = length
-    return Pool(openers, all_reduce_sum(lengths, world_size).tolist(), needs_keys)
+    pool = Pool(openers, all_reduce_sum(lengths, world_size).tolist(), needs_keys)
+    if not pool.total:
+        raise UserError(f"--data {data}: no sample has both an image and a caption; check the shards.")
+    return pool
 
 
 class _Lengths(Dataset[tuple[int, int]]):
@@ -121,7 +126,10 @@ class _Lengths(Dataset[tuple[int, int]]):
 
     def __getitem__(self, place: int) -> tuple[int, int]:
         part = self.parts[place]
-        return part, self.openers[part]().total
+        try:
+            return part, self.openers[part]().total
+        except NoPairsError:
+            return part, 0
 
 
 class Spots(Dataset[Sample | None]):
@@ -162,8 +170,9 @@ class Everything(IterableDataset[Sample | None]):
         worker = get_worker_info()
         workers, number = (1, 0) if worker is None else (worker.num_workers, worker.id)
         slots, slot = self.world_size * workers, self.rank * workers + number
-        by_parts = len(self.pool.parts) >= slots
-        for part in range(slot, len(self.pool.parts), slots) if by_parts else range(len(self.pool.parts)):
+        parts = [part for part, length in enumerate(self.pool.lengths) if length]
+        by_parts = len(parts) >= slots
+        for part in parts[slot::slots] if by_parts else parts:
             opened = self.pool.parts[part]()
             for place in range(opened.total) if by_parts else range(slot, opened.total, slots):
                 yield self.pool.sample((part, place), opened)

@@ -58,6 +58,7 @@ class AmorLIP(Objective):
     summary = "log-normalizers amortised by small networks of the features"
     synonyms = (frozenset({"amorlip"}),)
     shared_arguments = ((TITLE, add_global_arguments),)
+    sums_over_batch = True
     temperature_schedule = "step_thresh"  # the only one of the release
 
     def __init__(
@@ -158,7 +159,10 @@ class AmorLIP(Objective):
         logit_bias: Tensor | None = None,
         keys: Tensor | None = None,
     ) -> Recollection:
-        """The moving average of the networks. It stands for a sum over a global batch: relative to the pair, and as a mean."""
+        """The moving average of the networks. It stands for a sum over a global batch: relative to the pair, and as a mean.
+
+        The sum holds pos_coef·exp(x_ii), which stays in.
+        """
         positive = (image_features * text_features).sum(dim=1) * logit_scale + (
             0.0 if logit_bias is None else logit_bias
         )

@@ -93,6 +93,8 @@ class Objective(nn.Module):
         shared_arguments: (title, function) pairs that add flags which several objectives share.
         needs_keys: whether `compute` needs the samples' integer keys.
         initial_temperature, initial_logit_bias: starting point; a bias of None means that the model has none.
+        sums_over_batch: whether what the method remembers stands for sums over a global batch, so that it means nothing at
+            another batch size.
         temperature_schedule: how the learning rate of the temperature changes unless the user says: const, cosine, or
             step_thresh.
 
@@ -121,6 +123,7 @@ class Objective(nn.Module):
     needs_keys: ClassVar[bool] = False
     initial_temperature: ClassVar[float] = 0.07
     initial_logit_bias: ClassVar[float | None] = None
+    sums_over_batch: ClassVar[bool] = False
     temperature_schedule: ClassVar[str] = "cosine"
     outer_weight_decay: float = 0.0
     log_eps: float = -math.inf

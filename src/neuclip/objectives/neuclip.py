@@ -153,6 +153,9 @@ class NeuCLIP(Objective):
         keys: Tensor | None = None,
     ) -> Recollection:
         """The NPN's prediction."""
+        if self.step == 0:
+            # It begins with the first batch.
+            return Recollection(image_features.new_full((2, len(image_features)), torch.nan), logit_scale)
         batch = gather_batch(image_features, text_features, self.chunk_rows)
         return Recollection(self.normalizer.predict(batch, logit_scale)[:, batch.local], logit_scale)
 

@@ -63,6 +63,28 @@ def test_broken_samples_are_left_out_and_counted(tmp_path: Path) -> None:
     assert (index, left_out) == ([0, 2, 3, 4, 5], 1)
 
 
+def test_captions_as_in_training(tmp_path: Path) -> None:
+    """In the json where there is no txt; an empty one is left out; a shard without pairs is an empty part."""
+    samples = [(f"{seed:04d}", pair(seed)) for seed in range(4)]
+    del samples[1][1]["txt"]
+    samples[1][1]["json"] = b'{"key": 1, "caption": "in the json"}'
+    del samples[2][1]["txt"]  # and no caption in the json
+    samples[3][1]["txt"] = b" \n"
+    write_shard(tmp_path / "0.tar", samples)
+    write_shard(tmp_path / "1.tar", [("0000", {"txt": b"no picture"})])
+    pool = pool_of(str(tmp_path))
+    assert pool.lengths == [3, 0]
+    index, keys, left_out = everything(pool, 1, 0)
+    assert (index, keys, left_out) == ([0, 1], [0, 1], 1)
+    assert pool.parts[0]().caption(1) == "in the json"
+
+
+def test_no_pairs_at_all(tmp_path: Path) -> None:
+    write_shard(tmp_path / "1.tar", [("0000", {"txt": b"no picture"})])
+    with pytest.raises(UserError, match=r"--data .*: no sample has both an image and a caption"):
+        pool_of(str(tmp_path))
+
+
 def test_drawing_is_uniform_and_by_seed(pair_shards: str) -> None:
     pool = pool_of(pair_shards)
     spots = draw_spots(pool, 23, seed=1)
