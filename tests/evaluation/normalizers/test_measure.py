@@ -146,7 +146,7 @@ def on_ranks(method: str) -> dict[str, Any]:
 
     one = examined(METHODS[method], distributed.world_size())
     found: Estimates = estimate(one, probes(2), N)
-    return {name: value for name, value in found._asdict().items()}
+    return dict(found._asdict())
 
 
 @pytest.mark.parametrize("method", ["individual", "neuclip"])
