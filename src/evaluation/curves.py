@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -16,6 +17,7 @@ from matplotlib.axes import Axes
 
 from evaluation.figure_style import COLORS, DOTS_PER_INCH, LAYOUT, LINE_STYLES, MUTED, STYLE
 from evaluation.records import Record, read_records
+from evaluation.whole_files import replacing
 
 FIGURE_INCHES = (12.0, 8.0)
 
@@ -32,7 +34,7 @@ def series(records: Iterable[Record], x: str, y: str) -> tuple[list[float], list
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value - value == 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def plot_curves(runs: Mapping[str, Path], path: Path) -> None:
@@ -41,7 +43,7 @@ def plot_curves(runs: Mapping[str, Path], path: Path) -> None:
     Args:
         runs: name → run folder with metrics.jsonl (step or samples, contrastive_loss or loss, global_loss, temperature,
             lr, samples_per_second) and results.jsonl (epoch and validation metrics). What is missing is left out.
-        path: the PNG to write.
+        path: the PNG to write, whole or not at all.
     """
     metrics = {name: read_records(folder / "metrics.jsonl") for name, folder in runs.items()}
     results = {name: read_records(folder / "results.jsonl") for name, folder in runs.items()}
@@ -53,8 +55,11 @@ def plot_curves(runs: Mapping[str, Path], path: Path) -> None:
         _plot_training(panels[1, 1], metrics, ("lr",), "learning rate")
         for panel in panels.flat:
             _finish(panel)
-        figure.savefig(path, dpi=DOTS_PER_INCH)
-        plt.close(figure)
+        try:
+            with replacing(path) as temporary:
+                figure.savefig(temporary, format="png", dpi=DOTS_PER_INCH)
+        finally:
+            plt.close(figure)
 
 
 def _x_key(metrics: Mapping[str, Sequence[Record]]) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from evaluation.whole_files import replacing
 
 # Okabe and Ito's colours, told apart with any colour vision, in an order that keeps neighbours far apart; without their
 # yellow, which is too faint for a line on white. Lines differ in their strokes as well.
@@ -50,12 +51,7 @@ def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
     written = []
     for kind, metadata in (("pdf", {"CreationDate": None, "Producer": None, "Creator": None}), ("png", {})):
         path = folder / f"{name}.{kind}"
-        temporary = folder / f".{path.name}.{os.getpid()}.tmp"
-        try:
-            with matplotlib.rc_context(STYLE):
-                figure.savefig(temporary, format=kind, dpi=DOTS_PER_INCH, metadata=metadata)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as temporary, matplotlib.rc_context(STYLE):
+            figure.savefig(temporary, format=kind, dpi=DOTS_PER_INCH, metadata=metadata)
         written.append(path)
     return written

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from evaluation import ranks
 from evaluation.csv_pairs import CsvPairs
-from evaluation.datasets import PairDataset, decode_image
+from evaluation.datasets import IMAGE_FORMATS, PairDataset, decode_image
 from evaluation.errors import UserError
 from evaluation.features import PairFeatures, evaluating, normalized
 from evaluation.gallery_content import (
@@ -39,7 +39,7 @@ from evaluation.gallery_content import (
 from evaluation.gallery_markup import file_key, pair_key
 from evaluation.gallery_page import Content, Heading, build_page, shown_pairs
 from evaluation.prototype_usage import read_prototypes
-from evaluation.run_folder import LoadedModel, RunFolder
+from evaluation.run_folder import LoadedModel, RunFolder, Subject
 from evaluation.search import Query, read_query_file
 from evaluation.suite import Measured, Setting, encode_queries, measure_pairs
 from evaluation.thumbnails import Sprite
@@ -99,6 +99,8 @@ def read_given(args: argparse.Namespace) -> Given:
     Raises:
         UserError: for a file that is missing or broken.
     """
+    if not all(text.strip() for text in args.query):
+        raise UserError('--query "" is blank: give a text to search for, or leave it out.')
     queries = [Query(text) for text in args.query]
     if args.queries:
         more = read_query_file(args.queries)
@@ -109,9 +111,15 @@ def read_given(args: argparse.Namespace) -> Given:
     images = []
     for path in map(Path, args.images):
         try:
-            images.append(decode_image(path.read_bytes(), f"--images {path}"))
+            content = path.read_bytes()
         except OSError as error:
             raise UserError(f"--images {path} cannot be read ({error.strerror}); correct the path.") from None
+        try:
+            images.append(decode_image(content, str(path)))
+        except UserError:
+            # What is said of a sample of a data set is no remedy here.
+            kinds = ", ".join(IMAGE_FORMATS)
+            raise UserError(f"--images {path} is broken or no image; give a whole file of {kinds}.") from None
     return Given(queries, images, [Path(path).name for path in args.images])
 
 
@@ -162,11 +170,19 @@ def chosen_output(run: RunFolder, path: str | None) -> Path:
 
 
 def build_content(
-    run: RunFolder, args: argparse.Namespace, given: Given, device: torch.device, prototypes: Tensor | str
+    subject: Subject, args: argparse.Namespace, given: Given, device: torch.device, prototypes: Tensor | str
 ) -> Content:
-    """Load the checkpoint, encode the pairs, search."""
-    checkpoint = run.checkpoint(args.epoch, args.iter)
-    loaded = run.load_model(args.epoch, args.iter, device)
+    """Load the checkpoint, encode the pairs, search.
+
+    Args:
+        prototypes: of the same checkpoint, or the reason for their absence.
+
+    Raises:
+        UserError: the checkpoint has been replaced since `subject` was made; what is asked for cannot be read.
+    """
+    run, checkpoint = subject.run, subject.checkpoint
+    loaded = run.load_checkpoint(checkpoint, device)
+    subject.check_unchanged()
     setting = Setting(device=device, batch_size=args.batch_size, workers=args.workers)
     pairs, source = open_pairs(run, args.pairs, loaded)
     print(f"{run.name}, {checkpoint.label}: {pairs.total:,} pairs …", flush=True)
@@ -227,8 +243,10 @@ def make_gallery(args: argparse.Namespace) -> None:
     checkpoint = run.checkpoint(args.epoch, args.iter)
     out, given = chosen_output(run, args.out), read_given(args)
     open_pairs(run, args.pairs)
+    # While a run goes on its newest checkpoint may become another one: label, weights and prototypes are of this file.
+    subject = Subject.of(run, checkpoint)
     with ranks.joined(args.device) as place:
-        content = build_content(run, args, given, place.device, read_prototypes(checkpoint.path))
+        content = build_content(subject, args, given, place.device, read_prototypes(checkpoint.path))
     sprite = Sprite()
     for i in shown_pairs(content):
         sprite.add(pair_key(i), content.collection.pairs.image(i))

@@ -10,6 +10,7 @@ import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
 from evaluation.search import NEIGHBOURS, Hit, Query
+from evaluation.whole_files import replacing
 
 THUMBNAIL = 128
 PADDING = 9  # white between a thumbnail and its border
@@ -43,7 +44,7 @@ def draw_gallery(
     image: Callable[[int], Image.Image],
     searched: int,
 ) -> None:
-    """Draw the page and write it as PNG.
+    """Draw the page and write it as PNG, whole or not at all.
 
     Args:
         path: the file to write.
@@ -66,7 +67,8 @@ def draw_gallery(
             left = MARGIN + QUERY_WIDTH + place * (TILE + GAP)
             _draw_hit(page, draw, image(hit.image), hit, left, top)
     _draw_footer(draw, page.height, searched)
-    page.save(path)
+    with replacing(path) as temporary:
+        page.save(temporary, "PNG")
 
 
 def _draw_query(draw: ImageDraw.ImageDraw, query: str, top: int) -> None:

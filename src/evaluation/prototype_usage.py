@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evaluation.collectives import exact_float32
-from evaluation.errors import UserError
+from evaluation.errors import UserError, reason_of
 
 # Elements of a block of anchors × prototypes in float64.
 _BLOCK_ELEMENTS = 1 << 22
@@ -55,8 +55,9 @@ def read_prototypes(path: Path) -> Tensor | str:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged file makes torch raise nearly anything
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} cannot be read ({type(error).__name__}: {reason}); ask for another epoch.") from error
+        raise UserError(
+            f"{path} cannot be read ({type(error).__name__}: {reason_of(error)}); ask for another epoch."
+        ) from error
     objective = content.get("objective") if isinstance(content, dict) else None
     if not isinstance(objective, dict) or not isinstance(objective.get("state_dict"), dict):
         return "The checkpoint holds no state of an objective, so there are no prototypes to look at."

@@ -20,7 +20,7 @@ def read_records(path: Path) -> list[Record]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # also an integer of too many digits, or too deep a nesting
             continue
         if isinstance(record, dict):
             records.append(record)

@@ -31,10 +31,11 @@ class Hit(NamedTuple):
 
 def is_match(query: Query, caption: str, concept: str) -> bool:
     """Whether an image is what a query asks for: its concept is the query's, or its caption or concept is the text."""
-    text = query.text.strip().casefold()
-    if query.concept and query.concept.strip().casefold() == concept.strip().casefold():
+    text, wanted = query.text.strip().casefold(), query.concept.strip().casefold()
+    if wanted and wanted == concept.strip().casefold():
         return True
-    return text in (caption.strip().casefold(), concept.strip().casefold())
+    # Images without a concept or a caption have an empty one.
+    return bool(text) and text in (caption.strip().casefold(), concept.strip().casefold())
 
 
 def nearest_images(
@@ -77,7 +78,7 @@ def read_query_file(path: str | Path) -> list[Query]:
     for entry in entries if isinstance(entries, list) else [None]:
         facts: dict[str, Any] = entry if isinstance(entry, dict) else {"text": entry if isinstance(entry, str) else ""}
         text = facts.get("text") or facts.get("query")
-        if not text:
+        if not text or not str(text).strip():
             raise UserError(f'--queries {path} must be a JSON list of strings or of objects with "text" and "concept".')
         queries.append(Query(str(text), str(facts.get("concept") or "")))
     if not queries:

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from evaluation.gallery import main, parse_args
+from evaluation.run_folder import RunFolder
 from evaluation.thumbnails import MOST_LOSSLESS_BYTES, SIDE, Sprite, encode_thumbnail
 
 from .conftest import image_bytes
@@ -149,6 +150,42 @@ def test_parts_that_are_not_there(make_run: Callable[..., Path], pair_shards: st
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_run_that_goes_on(
+    replaced: bool,
+    make_run: Callable[..., Path],
+    pair_shards: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another checkpoint comes, beside the one that was opened or in its place, after its prototypes have been read."""
+    run = make_run("run", epochs=(1, 2))
+    first, second = (run / "checkpoints" / f"epoch_{epoch}.pt" for epoch in (1, 2))
+    coming = second.rename(run / "coming.pt")
+
+    def read_and_go_on(path: Path) -> str:
+        assert path == first
+        os.utime(coming, (1, 1))  # another time of writing, however coarse the disk's clock
+        coming.rename(first if replaced else second)
+        return "no prototypes"
+
+    loaded = []
+    load = RunFolder.load_checkpoint
+    monkeypatch.setattr("evaluation.gallery.read_prototypes", read_and_go_on)
+    monkeypatch.setattr(RunFolder, "load_checkpoint", lambda *args: loaded.append(args[1].path) or load(*args))
+    status = main(["--train_output_dir", str(run), "--pairs", pair_shards, "--workers", "0", "--random", "1"])
+    assert loaded == [first]
+    if replaced:
+        assert status == 2
+        assert "epoch_1.pt was replaced while it was read" in capsys.readouterr().err
+        assert not (run / "gallery.html").exists()
+    else:
+        assert status == 0
+        text = Outline((run / "gallery.html").read_text(encoding="utf-8")).text
+        assert "epoch 1" in text
+        assert "epoch 2" not in text
+
+
 def test_validation_pairs_in_a_csv_file(make_run: Callable[..., Path], tmp_path: Path) -> None:
     run = make_run("run", epochs=(1,))
     for i in range(4):
@@ -178,7 +215,10 @@ def test_mistakes_are_one_line(
         (f"{pairs} --epoch 7", "has no epoch_7.pt"),
         (f"--pairs {tmp_path}/gone.tar", "gone.tar does not exist"),
         (f"{pairs} --images {tmp_path}/gone.png", f"--images {tmp_path}/gone.png cannot be read"),
-        (f"{pairs} --images {tmp_path}/broken.png", f"--images {tmp_path}/broken.png: the image cannot be decoded"),
+        (
+            f"{pairs} --images {tmp_path}/broken.png",
+            f"--images {tmp_path}/broken.png is broken or no image; give a whole file of JPEG, PNG",
+        ),
         (f"{pairs} --queries {tmp_path}/queries.json", "is an empty list"),
         (f"{pairs} --random 1000", "--random: 1000"),
         (f"{pairs} --random -1", "--random: -1"),
@@ -192,6 +232,9 @@ def test_mistakes_are_one_line(
         assert "\n" not in errors
         assert errors.startswith("error: ")
         assert message in errors
+    for texts in (["a", ""], ["  "]):
+        assert main(["--train_output_dir", str(run), *pairs.split(), "--query", *texts]) == 2
+        assert capsys.readouterr().err.startswith('error: --query "" is blank')
     monkeypatch.setattr(os, "environ", {**os.environ, "RANK": "0", "WORLD_SIZE": "2"})
     assert main(["--train_output_dir", str(run), *pairs.split()]) == 2
     assert "one process" in capsys.readouterr().err

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from evaluation.curves import plot_curves, series
@@ -76,6 +78,45 @@ def test_records_of_a_killed_and_resumed_run(tmp_path: Path) -> None:
     assert series(records, "step", "loss") == ([1.0, 2.0], [6.0, 4.0])
     assert series([{"step": 1, "loss": None}, {"step": 2, "loss": float("nan")}], "step", "loss") == ([], [])
     assert read_records(tmp_path / "missing.jsonl") == []
+
+
+def test_lines_that_json_cannot_hold_are_left_out(tmp_path: Path) -> None:
+    """A number of more digits than Python reads, brackets deeper than it follows, and a number too large for a float."""
+    file = tmp_path / "metrics.jsonl"
+    lines = [
+        '{"step": 1, "loss": 4}',
+        f'{{"step": {"1" * 5000}}}',
+        "[" * 100_000,
+        f'{{"step": 2, "loss": {"1" * 400}}}',
+    ]
+    file.write_text("\n".join(lines))
+    records = read_records(file)
+    assert [record["step"] for record in records] == [1, 2]
+    assert series(records, "step", "loss") == ([1.0], [4.0])
+
+
+@pytest.mark.parametrize("name", ["curves.png", "gallery.png"])
+def test_pictures_are_written_whole_or_not_at_all(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / name
+
+    def draw() -> None:
+        if name == "curves.png":
+            plot_curves({"run": tmp_path}, path)
+        else:
+            draw_gallery(path, "run", "", [Query("word")], [[]], lambda i: Image.new("RGB", (8, 8)), 1)
+
+    def fail(file: Path | str, *_: object, **__: object) -> None:
+        Path(file).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    draw()
+    before = path.read_bytes()
+    monkeypatch.setattr(Image.Image, "save", lambda _, file, *rest, **more: fail(file))
+    monkeypatch.setattr(Figure, "savefig", lambda _, file, *rest, **more: fail(file))
+    with pytest.raises(OSError, match="No space"):
+        draw()
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
 def test_curves_show_what_is_there(tmp_path: Path) -> None:

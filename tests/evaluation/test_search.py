@@ -25,11 +25,18 @@ def test_nearest_images_and_matches() -> None:
     assert not is_match(Query("disc"), "", "")
 
 
+@pytest.mark.parametrize("query", [Query(""), Query(" "), Query("disc", " "), Query(" ", "disc")])
+def test_nothing_matches_nothing(query: Query) -> None:
+    """Images need not have a caption or a concept."""
+    for caption, concept in (("a thing", ""), ("", "a thing"), (" ", "")):
+        assert not is_match(query, caption, concept)
+
+
 def test_a_file_of_queries(tmp_path: Path) -> None:
     file = tmp_path / "queries.json"
     file.write_text(json.dumps(["a", {"text": "b", "concept": "c"}, {"query": "d", "keys": [1]}]))
     assert read_query_file(file) == [Query("a"), Query("b", "c"), Query("d")]
-    for content in ("{}", "[1]", "[[]]", '[{"concept": "x"}]', "[]", "nothing", "[" * 100_000):
+    for content in ("{}", "[1]", "[[]]", '[{"concept": "x"}]', "[]", '[" "]', "nothing", "[" * 100_000):
         file.write_text(content)
         with pytest.raises(UserError, match=r"^--queries .*queries\.json") as caught:
             read_query_file(file)

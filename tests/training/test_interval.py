@@ -37,7 +37,7 @@ def test_sections_are_told_per_step_and_begin_anew_with_the_interval() -> None:
         with stopwatch.section("part", torch.device("cpu")):
             time.sleep(0.02)
         interval.step_ends()
-    assert 0.02 <= interval.section_seconds()["part"] < 0.04
+    assert interval.section_seconds()["part"] >= 0.02
     assert interval.section_seconds()["part"] <= interval.seconds_per_step()
     interval.restart()
     assert interval.section_seconds() == {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from evaluation.comparison.groups import Group, final
+from evaluation.comparison.groups import Group, final, in_words
 from evaluation.comparison.metrics import higher_is_better, is_share, label
 from evaluation.comparison.tables import Cell, Column, Table, with_best
 
@@ -27,7 +27,7 @@ def ablation_table(groups: Sequence[Group], by: Sequence[str], metrics: Sequence
     """
     columns, parts = [], []
     for i, flag in enumerate(by):
-        columns.append(Column(flag, flag, ".10g"))
+        columns.append(Column(flag, in_words(flag), ".10g"))
         parts.append([_value(group.values[i]) for group in groups])
     if len({str(group.values) for group in groups}) < len(groups):
         columns.append(Column("runs", "runs"))

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from evaluation.comparison.ablation import PAPER_TABLES, ablation_table
 from evaluation.comparison.bands import X_LABELS, draw_curves
-from evaluation.comparison.groups import group_runs, unfinished
+from evaluation.comparison.groups import group_runs, uneven, unfinished
 from evaluation.comparison.metrics import HEADLINE_AGGREGATES
 from evaluation.comparison.npn_time import time_table
 from evaluation.comparison.runs import Run, open_runs
 from evaluation.comparison.tables import Table, markdown, write_table
 from evaluation.curves import is_headline, series
-from evaluation.errors import UserError
+from evaluation.errors import UserError, one_line
 from evaluation.figure_style import save_figure
 
 CURVES = ("contrastive_loss", "global_loss", "temperature")
@@ -67,7 +67,9 @@ def _add_x(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_by(parser: argparse.ArgumentParser, words: str) -> None:
-    parser.add_argument("--by", action="append", default=[], metavar="FLAG", help=f"a flag of the runs; {words}")
+    parser.add_argument(
+        "--by", action="append", default=[], metavar="FLAG", help=f"a flag of the runs, or global_batch; {words}"
+    )
 
 
 def _checked(args: argparse.Namespace) -> argparse.Namespace:
@@ -99,8 +101,9 @@ def _optimization(args: argparse.Namespace) -> list[Path]:
     runs = open_runs(args.runs)
     groups, notes = group_runs(runs, args.by)
     figure = draw_curves(groups, _metrics(args.metric, runs, OPTIMIZATION_CURVES, fewest=2), args.x)
-    table = ablation_table(groups, args.by, _metrics(args.metric, runs, OPTIMIZATION_CURVES))
-    _tell([*notes, *unfinished(runs)])
+    final_metrics = _metrics(args.metric, runs, OPTIMIZATION_CURVES)
+    table = ablation_table(groups, args.by, final_metrics)
+    _tell([*notes, *unfinished(runs), *uneven(groups, final_metrics)])
     name = "optimization" if args.by == ["npn_optimization"] else "optimization-" + "-".join(args.by)
     return [*save_figure(figure, _folder(args.out), name), *_show(table, args.out, name)]
 
@@ -112,8 +115,9 @@ def _npn_time(args: argparse.Namespace) -> list[Path]:
 def _ablation(args: argparse.Namespace) -> list[Path]:
     runs = open_runs(args.runs)
     groups, notes = group_runs(runs, args.by)
-    table = ablation_table(groups, args.by, _metrics(args.metric, runs, ()))
-    _tell([*notes, *unfinished(runs)])
+    metrics = _metrics(args.metric, runs, ())
+    table = ablation_table(groups, args.by, metrics)
+    _tell([*notes, *unfinished(runs), *uneven(groups, metrics)])
     return _show(table, args.out, "ablation-" + "-".join(args.by))
 
 
@@ -160,16 +164,18 @@ def _tell(notes: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line tool; returns the exit status. A user's mistake is one line on stderr and status 2."""
+    out = "--out"
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
+        out = args.out
         written = args.run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(
-            f"error: {error.filename} cannot be written ({error.strerror}); give another --out FOLDER.", file=sys.stderr
-        )
+        # Not every OSError knows its file, or has a number: a full disk, or what a library raises.
+        path, reason = error.filename or out, error.strerror or one_line(error)
+        print(f"error: {path} cannot be written ({reason}); give another --out FOLDER.", file=sys.stderr)
         return 2
     print("wrote " + ", ".join(map(str, written)))
     return 0

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from evaluation.comparison.runs import Run
+from evaluation.comparison.runs import GLOBAL_BATCH, Run
 from evaluation.errors import UserError
 
 SEED = "seed"
+# Where a metric lies in training is compared to this many digits of an epoch.
+_DIGITS = 6
 
 # Flags that change where and how a run works, but not what it learns; and those that only repeat another one.
 BOOKKEEPING = frozenset(
@@ -52,7 +54,7 @@ def group_runs(runs: Sequence[Run], by: Sequence[str] = ()) -> tuple[list[Group]
     """Put runs together that differ in their seed only.
 
     Args:
-        by: flags to label and to order the groups by; without them groups are called after their runs.
+        by: flags, or global_batch, to label and to order the groups by; without them groups are called after their runs.
 
     Returns:
         The groups, and lines to tell the user: flags besides `by` that differ, runs that repeat another one.
@@ -78,10 +80,16 @@ def group_runs(runs: Sequence[Run], by: Sequence[str] = ()) -> tuple[list[Group]
     notes = []
     others = [flag for flag in compared if flag not in by and len({_text(run, flag) for run in runs}) > 1]
     if by and others:
-        notes.append(f"besides {', '.join(by)} the runs differ in {', '.join(others)}; none of them are pooled.")
+        asked, found = (", ".join(map(in_words, flags)) for flags in (by, others))
+        notes.append(f"besides {asked} the runs differ in {found}; none of them are pooled.")
     if repeated:
         notes.append(f"{', '.join(repeated)}: same flags and seed as another run; kept apart.")
     return groups, notes
+
+
+def in_words(flag: str) -> str:
+    """What people read for a flag or for the global batch, which is no flag."""
+    return "global batch" if flag == GLOBAL_BATCH else flag
 
 
 def unfinished(runs: Sequence[Run]) -> list[str]:
@@ -94,9 +102,44 @@ def unfinished(runs: Sequence[Run]) -> list[str]:
 
 
 def final(group: Group, metric: str) -> Statistic | None:
-    """The runs' last values of a metric; None if one of them has none."""
-    values = [run.points(metric, "epoch")[1] for run in group.runs]
-    return statistic([points[-1] for points in values]) if all(values) else None
+    """The runs' values of a metric at the last epoch that all of them have it of; None if there is no such epoch."""
+    values = [_by_epoch(run, metric) for run in group.runs]
+    epoch = _last_shared(values)
+    return None if epoch is None else statistic([by_epoch[epoch] for by_epoch in values])
+
+
+def uneven(groups: Sequence[Group], metrics: Sequence[str]) -> list[str]:
+    """One line for each metric of a group whose runs do not have the same last epoch of it, and for each metric of which the
+    groups' last epochs are one or more apart."""
+    notes = []
+    for metric in metrics:
+        ends = {}
+        for group in groups:
+            values = [_by_epoch(run, metric) for run in group.runs]
+            epoch = _last_shared(values)
+            if epoch is not None:
+                ends[group.label] = epoch
+            further = [
+                f"{run.name} epoch {max(by_epoch):.6g}"
+                for run, by_epoch in zip(group.runs, values)
+                if by_epoch and max(by_epoch) != epoch
+            ]
+            if all(values) and further:
+                taken = "has no epoch in common" if epoch is None else f"is taken at epoch {epoch:.6g}, the last of all"
+                notes.append(f"{metric} of {group.label} {taken}; {', '.join(further)}.")
+        if ends and max(ends.values()) - min(ends.values()) >= 1:
+            places = ", ".join(f"{name} epoch {epoch:.6g}" for name, epoch in ends.items())
+            notes.append(f"{metric} is not of one epoch: {places}.")
+    return notes
+
+
+def _by_epoch(run: Run, metric: str) -> dict[float, float]:
+    epochs, values = run.points(metric, "epoch")
+    return dict(zip((round(epoch, _DIGITS) for epoch in epochs), values))
+
+
+def _last_shared(values: Sequence[dict[float, float]]) -> float | None:
+    return max(set(values[0]).intersection(*values[1:]), default=None)
 
 
 def statistic(values: Sequence[float]) -> Statistic:
@@ -105,32 +148,34 @@ def statistic(values: Sequence[float]) -> Statistic:
 
 
 def _check_flag(flag: str, runs: Sequence[Run]) -> None:
-    known = sorted({name for run in runs for name in run.params})
+    known = sorted({name for run in runs for name in run.facts})
     if flag not in known:
         close = difflib.get_close_matches(flag, known, n=3)
         remedy = (
-            f"did you mean {' or '.join(close)}?" if close else "give a name of params.txt, such as npn_restart_iter."
+            f"did you mean {' or '.join(close)}?"
+            if close
+            else "give a name of params.txt, such as npn_restart_iter, or global_batch."
         )
         raise UserError(f"--by {flag}: no run has such a flag; {remedy}")
 
 
 def _compared_flags(runs: Sequence[Run], by: Sequence[str]) -> list[str]:
-    """All flags in which runs of one group must agree, those asked for first."""
-    names = sorted({name for run in runs for name in run.params} - BOOKKEEPING - {SEED} - set(by))
+    """All facts in which runs of one group must agree, those asked for first."""
+    names = sorted({name for run in runs for name in run.facts} - BOOKKEEPING - {SEED} - set(by))
     return [*by, *names]
 
 
 def _text(run: Run, flag: str) -> str:
     # A flag that an older run did not have is not the same as None.
-    return repr(run.params[flag]) if flag in run.params else ""
+    return repr(run.facts[flag]) if flag in run.facts else ""
 
 
 def _labelled(members: list[list[Run]], by: Sequence[str]) -> list[Group]:
     stems = _distinct([_stem([run.name for run in runs]) for runs in members])
-    values = [tuple(runs[0].params.get(flag) for flag in by) for runs in members]
+    values = [tuple(runs[0].facts.get(flag) for flag in by) for runs in members]
     groups = []
     for runs, stem, own in zip(members, stems, values):
-        words = ", ".join(f"{flag} {value}" for flag, value in zip(by, own))
+        words = ", ".join(f"{in_words(flag)} {value}" for flag, value in zip(by, own))
         is_alone = sum(other == own for other in values) == 1
         label = stem if not by else words if is_alone else f"{words} ({stem})"
         groups.append(Group(label, own, tuple(runs)))

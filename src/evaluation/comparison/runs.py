@@ -8,14 +8,19 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from evaluation.curves import Record, read_records, series
-from evaluation.errors import UserError
+from evaluation.curves import series
+from evaluation.errors import UserError, one_line
+from evaluation.records import Record, read_records
 from evaluation.run_folder import RunFolder
+
+# Among a run's facts, beside the flags: params.txt tells the batch of a process, but not how many there were.
+GLOBAL_BATCH = "global_batch"
 
 Points = tuple[list[float], list[float]]
 
@@ -61,6 +66,12 @@ class Run:
             {name for record in part for name in record} for part in (self.training, self.validation)
         )
         return training, validation
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """The flags, and `global_batch`: the samples of a step, if metrics.jsonl tells them."""
+        steps, samples = series(self.training, "step", "samples")
+        return {**self.params, GLOBAL_BATCH: round(samples[-1] / steps[-1])} if steps and steps[-1] else self.params
 
     @property
     def reached(self) -> float:
@@ -139,7 +150,7 @@ def _aggregates(folder: Path) -> Iterable[Record]:
         try:
             aggregates = json.loads(path.read_text(encoding="utf-8"))["aggregates"]
             values = {name: aggregate["value"] for name, aggregate in aggregates.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} cannot be read ({_reason(error)}); evaluate that epoch again.") from None
         yield {"epoch": int(match[1]), **values}
 
@@ -149,4 +160,4 @@ def _reason(error: Exception) -> str:
         return str(error.strerror)
     if isinstance(error, KeyError):
         return f"no {error}"
-    return " ".join(str(error).split())[:200]
+    return one_line(error)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Sequence
-from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -17,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from evaluation.comparison.tables import Cell, Column, Table
+from evaluation.comparison.tables import markdown as markdown_table
 from evaluation.figure_style import COLORS, MUTED, STYLE, save_figure
 from evaluation.run_folder import Checkpoint, RunFolder
 from evaluation.whole_files import write_whole
@@ -25,6 +28,29 @@ Record = dict[str, Any]
 
 # estimate → line style
 ESTIMATES = {"used": "-", "own": "--", "batch": ":"}
+# Where runs outnumber the colours, which are taken again.
+MARKERS = ("o", "s", "^", "D")
+LEGEND_LINE_INCHES = 0.24
+
+COLUMNS = (
+    Column("run", "run"),
+    Column("batch", "N", ".10g"),
+    Column("checkpoint", "checkpoint"),
+    Column("temperature", "τ", ".4f"),
+    Column("used_mse", "used, mse"),
+    Column("own_mse", "own, mse"),
+    Column("batch_mse", "batch, mse"),
+    Column("used_bias", "used, bias", ".3f"),
+    Column("used_mean", "mean α used", ".3f"),
+    Column("true_mean", "true mean α", ".3f"),
+    Column("own_unknown", "own unknown, %", ".1f", 100.0),
+)
+EXPLANATION = (
+    "mse: mean of (α̂ − α)² over the probes, image / text anchors; bias: mean of α̂ − α over both. batch: the estimate "
+    "from the probe's own batch of N; own: what the method has learnt or remembers before it sees that batch; used: what "
+    "a training step divides by; own unknown: probes of which the method has learnt nothing yet, left out of the numbers of "
+    "own. α is exact over all samples at the method's ε and τ."
+)
 
 
 class ErrorFile:
@@ -42,7 +68,7 @@ class ErrorFile:
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             self._records = [record for record in content["records"] if isinstance(record, dict)]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, RecursionError, KeyError, TypeError):
             pass  # none yet, or not ours: it is written anew
 
     @property
@@ -57,7 +83,7 @@ class ErrorFile:
         return any(record["sha256"] == digest for record in self.records)
 
     def add(self, checkpoint: Checkpoint, measured: Record) -> None:
-        """Take in a measurement; an older one of the same epoch and setting goes."""
+        """Take in a measurement; an older one of the same epoch (or iteration) and setting goes."""
         facts = {"epoch": checkpoint.epoch, "iteration": checkpoint.iteration, "sha256": checkpoint.sha256()}
         record = {**facts, **self.setting, **measured}
         same = ("epoch", "iteration", *self.setting)
@@ -70,78 +96,108 @@ class ErrorFile:
         write_whole(self.path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
+def error_table(files: Sequence[ErrorFile]) -> Table:
+    """A row for each checkpoint: errors of each estimate, image and text side, and the two means; the share of probes without
+    an own estimate where there are such."""
+    columns = list(COLUMNS)
+    rows = [_cells(file, record) for file in files for record in file.records]
+    if not any(row[-1].value for row in rows):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    return Table(columns, rows)
+
+
 def markdown(files: Sequence[ErrorFile]) -> str:
-    """A Markdown table, a line for each checkpoint: errors of each estimate, image and text side, and the two means."""
-    head = "| run | N | epoch | τ | used, mse | own, mse | batch, mse | used, bias | mean α used | true mean α |"
-    lines = [head, "| --- |" + " ---: |" * 9]
-    for file in files:
-        for record in file.records:
-            lines.append("| " + " | ".join(_cells(file, record)) + " |")
-    lines += [
-        "",
-        "mse: mean of (α̂ − α)² over the probes, image / text anchors; bias: mean of α̂ − α over both. batch: the estimate "
-        "from the probe's own batch of N; own: what the method has learnt or remembers before it sees that batch; used: what "
-        "a training step divides by. α is exact over all samples at the method's ε and τ.",
-        "",
-    ]
-    return "\n".join(lines)
+    """`error_table` in Markdown, and what its columns mean."""
+    return markdown_table(error_table(files)) + "\n" + EXPLANATION + "\n"
 
 
-def _cells(file: ErrorFile, record: Record) -> list[str]:
+def _cells(file: ErrorFile, record: Record) -> list[Cell]:
     estimates = record["estimates"]
-    used = estimates["used"]
+    used, own = estimates["used"], estimates["own"]
     return [
-        file.run.name,
-        str(record["batch"]),
-        str(record["epoch"] if record["epoch"] is not None else record["iteration"]),
-        f"{record['temperature']:.4f}",
+        Cell(file.run.name),
+        Cell(record["batch"]),
+        Cell(_when(record)),
+        Cell(record["temperature"]),
         *(_pair(estimates[name], "mse") for name in ("used", "own", "batch")),
         _mean(used, "bias"),
         _mean(used, "mean"),
-        f"{sum(record['truth'].values()) / 2:.3f}",
+        Cell(sum(record["truth"].values()) / 2),
+        Cell(None if own is None else own["unknown"]),
     ]
 
 
-def _pair(estimate: Record | None, name: str) -> str:
+def _when(record: Record) -> str | None:
+    if record["epoch"] is not None:
+        return f"epoch {record['epoch']}"
+    return None if record["iteration"] is None else f"iter {record['iteration']}"
+
+
+def _pair(estimate: Record | None, name: str) -> Cell:
     if estimate is None:
-        return "–"
-    return " / ".join(
-        "–" if estimate[side][name] is None else f"{estimate[side][name]:.3f}" for side in ("image", "text")
-    )
+        return Cell(None)
+    sides = (Cell(estimate[side][name]) for side in ("image", "text"))
+    return Cell(" / ".join(cell.text(Column(name, name, ".3f")) for cell in sides))
 
 
-def _mean(estimate: Record, name: str) -> str:
+def _mean(estimate: Record, name: str) -> Cell:
     values = [estimate[side][name] for side in ("image", "text")]
-    return "–" if None in values else f"{sum(values) / 2:.3f}"
+    return Cell(None if None in values else sum(values) / 2)
+
+
+class Look(NamedTuple):
+    """How a line is told from others: a colour, and a marker where there are more lines than colours."""
+
+    color: str
+    marker: str
+
+
+def line_names(files: Sequence[ErrorFile]) -> list[str]:
+    """What the legend calls the line of each file: its objective where that is one run's in every panel, else its run; the
+    run's path where two runs share a name."""
+    panels = [(file.setting["batch"], file.run.objective) for file in files]
+    if len(set(panels)) == len(panels):
+        return [file.run.objective for file in files]
+    paths = {file.run.path.resolve(): file.run.name for file in files}
+    shared = Counter(paths.values())
+    return [file.run.name if shared[file.run.name] == 1 else str(file.run.path) for file in files]
 
 
 def draw(files: Sequence[ErrorFile]) -> Figure:
-    """Errors over samples seen: a panel for each global batch size, a colour for each objective, a line style for each
-    estimate. The vertical axis is logarithmic."""
+    """Errors over samples seen: a panel for each global batch size, a colour for each objective, or for each run where a panel
+    has two runs of one objective; a line style for each estimate. The vertical axis is logarithmic."""
     batches = sorted({file.setting["batch"] for file in files})
-    colors = dict(zip(dict.fromkeys(file.run.objective for file in files), cycle(COLORS)))
+    names = line_names(files)
+    looks = {
+        name: Look(COLORS[number % len(COLORS)], MARKERS[number // len(COLORS) % len(MARKERS)])
+        for number, name in enumerate(dict.fromkeys(names))
+    }
+    width, height = 5.4 * len(batches) + 0.4, 4.6
+    entries = [
+        Line2D([], [], color=look.color, marker=look.marker, markersize=6, label=name, linewidth=3)
+        for name, look in looks.items()
+    ]
+    entries += [Line2D([], [], color=MUTED, linestyle=line, label=name) for name, line in ESTIMATES.items()]
+    columns = max(1, min(len(entries), int(width * 10 / (8 + max(map(len, names), default=0)))))
+    height += LEGEND_LINE_INCHES * math.ceil(len(entries) / columns)
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(
-            1, len(batches), figsize=(5.4 * len(batches) + 0.4, 5.2), layout="constrained", sharey=True, squeeze=False
+            1, len(batches), figsize=(width, height), layout="constrained", sharey=True, squeeze=False
         )
         for panel, batch in zip(panels[0], batches):
-            for file in files:
+            for file, name in zip(files, names):
                 if file.setting["batch"] == batch:
-                    _draw_run(panel, file, colors[file.run.objective])
+                    _draw_run(panel, file, looks[name])
             panel.set_title(f"global batch {batch:,}")
             panel.set_xlabel("samples seen")
             panel.set_yscale("log")
             panel.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
         panels[0][0].set_ylabel("mean squared error of log-normalizers")
-        entries = [Line2D([], [], color=color, label=name, linewidth=3) for name, color in colors.items()]
-        entries += [Line2D([], [], color=MUTED, linestyle=line, label=name) for name, line in ESTIMATES.items()]
-        figure.legend(
-            handles=entries, loc="outside lower center", ncols=max(3, len(colors) if len(batches) == 1 else 7)
-        )
+        figure.legend(handles=entries, loc="outside lower center", ncols=columns)
     return figure
 
 
-def _draw_run(panel: Axes, file: ErrorFile, color: str) -> None:
+def _draw_run(panel: Axes, file: ErrorFile, look: Look) -> None:
     samples = [record["samples_seen"] for record in file.records]
     for name, line in ESTIMATES.items():
         values = [(record["estimates"][name] or {}).get("mse") for record in file.records]
@@ -150,7 +206,7 @@ def _draw_run(panel: Axes, file: ErrorFile, color: str) -> None:
         if any(value is not None for value in values):
             points = [float("nan") if value is None else value for value in values]
             label = f"{file.run.name}, {name}"
-            panel.plot(samples, points, line, color=color, label=label, marker="o", markersize=3.5)
+            panel.plot(samples, points, line, color=look.color, label=label, marker=look.marker, markersize=3.5)
 
 
 def write_picture(figure: Figure, folder: Path) -> list[Path]:

@@ -20,13 +20,15 @@ def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> RunMaker:
-    """make_run(name, offset, epochs, datacomp, **flags): R@1 is 0.1·epoch + offset, the loss 4 − step/100 + offset.
+    """make_run(name, offset, told, datacomp, batch, **flags): R@1 is 0.1·epoch + offset, the loss 4 − step/100 + offset.
 
     Every interval of NPN time is 1 ms, of the objective 3 ms, of the step 10 ms, after a slow beginning; `told` of the
-    epochs have been trained so far.
+    epochs have been trained so far, in global batches of `batch` samples.
     """
 
-    def make(name: str, offset: float = 0.0, told: int = 2, datacomp: bool = False, **flags: Any) -> Path:
+    def make(
+        name: str, offset: float = 0.0, told: int = 2, datacomp: bool = False, batch: int = BATCH, **flags: Any
+    ) -> Path:
         folder = tmp_path / "logs" / name
         folder.mkdir(parents=True)
         params = {**FLAGS, "lr": 0.001, "epochs": 2, "seed": 0, "name": name, "logs": str(tmp_path / "logs"), **flags}
@@ -41,7 +43,7 @@ def make_run(tmp_path: Path) -> RunMaker:
                         "step": step,
                         "contrastive_loss": 4 - step / 100 + offset,
                         "epoch": step / STEPS_PER_EPOCH,
-                        "samples": BATCH * step,
+                        "samples": batch * step,
                         "seconds_per_step": 0.010 * slow,
                         "objective_seconds": 0.003 * slow,
                         "normalizer_seconds": 0.001 * slow,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,34 @@ def test_ablation_and_its_names(make_run: RunMaker, tmp_path: Path, capsys: Capt
         one, two = (tmp_path / name / f"ablation-npn_restart_iter.{ending}" for name in ("one", "two"))
         assert one.read_text() == two.read_text()
         assert len(one.read_text().splitlines()) >= 4
+
+
+def test_other_epochs_are_told(make_run: RunMaker, tmp_path: Path, capsys: Captured) -> None:
+    for seed, told in enumerate((2, 1)):
+        make_run(f"a-{seed}", seed=seed, told=told, stop_epochs=1, datacomp=True)
+    words = [f"{tmp_path}/logs/*", "--out", str(tmp_path)]
+    assert main(["ablation", *words, "--by", "global-batch", "-m", "DataComp Average"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "note: DataComp Average of global batch 8 is taken at epoch 1, the last of all; a-0 epoch 2.\n"
+    assert out.splitlines()[0].startswith("| global batch |")
+    assert "20.00 ± 0.00" in out
+    assert main(["optimization", *words, "-m", "DataComp Average"]) == 0
+    assert "the last of all; a-0 epoch 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [OSError("the encoder failed"), OSError(errno.ENOSPC, "No space left on device")])
+def test_an_error_without_a_file_names_the_folder(
+    error: OSError, make_run: RunMaker, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    make_run("a")
+    monkeypatch.setattr("evaluation.comparison.commands.write_table", fail)
+    out = tmp_path / "out"
+    assert main(["ablation", f"{tmp_path}/logs/*", "--by", "lr", "--out", str(out)]) == 2
+    said = f"error: {out} cannot be written ({error.strerror or error}); give another --out FOLDER.\n"
+    assert capsys.readouterr().err == said
 
 
 def test_metrics_by_name(make_run: RunMaker, tmp_path: Path) -> None:

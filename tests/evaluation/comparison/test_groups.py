@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from evaluation.comparison.groups import BOOKKEEPING, Group, final, group_runs, unfinished
+from evaluation.comparison.groups import BOOKKEEPING, Group, final, group_runs, uneven, unfinished
 from evaluation.comparison.runs import open_runs
 from evaluation.errors import UserError
 from training.params import parse_args
@@ -43,6 +43,52 @@ def test_a_metric_that_one_of_the_runs_lacks_has_no_mean(make_run: RunMaker, tmp
     make_run("a-1", seed=1)
     [group], _ = grouped(tmp_path / "logs")
     assert final(group, "DataComp Average") is None
+
+
+def test_only_values_of_one_epoch_are_pooled(make_run: RunMaker, tmp_path: Path) -> None:
+    make_run("a-0", seed=0, told=3, epochs=3, datacomp=True)
+    make_run("a-1", 0.02, seed=1, told=1, epochs=3, datacomp=True)
+    make_run("b", lr=0.5, told=3, epochs=3)
+    metrics = ["text_to_image_R@1", "DataComp Average", "contrastive_loss", "lr"]
+    groups, _ = grouped(tmp_path / "logs")
+    values = {"text_to_image_R@1": 0.1, "DataComp Average": 0.2, "contrastive_loss": 3.6}
+    for metric, first in values.items():
+        found = final(groups[0], metric)
+        assert found is not None
+        assert found == pytest.approx((first + 0.01, statistics.stdev([0.0, 0.02])))
+    assert uneven(groups, metrics) == [
+        "text_to_image_R@1 of a is taken at epoch 1, the last of all; a-0 epoch 3.",
+        "text_to_image_R@1 is not of one epoch: a epoch 1, b epoch 3.",
+        "DataComp Average of a is taken at epoch 1, the last of all; a-0 epoch 3.",
+        "contrastive_loss of a is taken at epoch 1, the last of all; a-0 epoch 3.",
+        "contrastive_loss is not of one epoch: a epoch 1, b epoch 3.",
+    ]
+
+
+def test_runs_without_a_common_epoch_have_no_mean(make_run: RunMaker, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        folder = make_run(f"a-{seed}", seed=seed)
+        results = folder / "results.jsonl"
+        results.write_text(results.read_text().splitlines(keepends=True)[seed])
+    [group], _ = grouped(tmp_path / "logs")
+    assert final(group, "clip_val_loss") is None
+    assert uneven([group], ["clip_val_loss"]) == [
+        "clip_val_loss of a has no epoch in common; a-0 epoch 1, a-1 epoch 2."
+    ]
+
+
+def test_another_global_batch_is_no_second_seed(make_run: RunMaker, tmp_path: Path) -> None:
+    """As many samples a process, but another number of processes, which params.txt does not tell."""
+    for seed, batch in enumerate((8, 8, 32)):
+        make_run(f"a-{seed}", seed=seed, batch=batch, batch_size=8)
+    groups, _ = grouped(tmp_path / "logs")
+    assert [[run.name for run in group.runs] for group in groups] == [["a-0", "a-1"], ["a-2"]]
+    groups, notes = grouped(tmp_path / "logs", "global_batch")
+    assert [(group.label, group.values) for group in groups] == [("global batch 8", (8,)), ("global batch 32", (32,))]
+    assert notes == []
+    assert grouped(tmp_path / "logs", "lr")[1] == [
+        "besides lr the runs differ in global batch; none of them are pooled."
+    ]
 
 
 def test_groups_go_by_number_and_other_flags_are_told(make_run: RunMaker, tmp_path: Path) -> None:
