@@ -20,7 +20,7 @@ import argparse
 from collections.abc import Sequence
 
 from evaluation import precision
-from evaluation.errors import UserError, message_of
+from evaluation.errors import UserError, one_line
 from evaluation.normalizers.examined import Examined, global_batch_size, open_examined
 from evaluation.normalizers.measure import Probing, measure
 from evaluation.normalizers.pool import Pool, open_pool
@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_tool(parse_args(sys.argv[1:] if argv is None else argv))
     except UserError as error:
         if not isinstance(error, SharedError) or environment()[0] == 0:
-            print(f"error: {message_of(error)}", file=sys.stderr)
+            print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -22,21 +22,24 @@ from evaluation.whole_files import write_whole
 
 Line = dict[str, Any]
 
+RESULTS = "eval_results.jsonl"
+LATEST = "latest"  # for epoch_latest.pt, where it does not say which epoch it is of
+
 
 def results_path(folder: Path, checkpoint: Checkpoint) -> Path:
     """Where the results of a checkpoint of the run folder belong: the name that the public code gives them."""
-    return folder / "eval_results" / f"{_prefix(checkpoint)}eval_results.jsonl"
+    return folder / "eval_results" / f"{_prefix(checkpoint)}_{RESULTS}"
 
 
 def summary_path(folder: Path, checkpoint: Checkpoint) -> Path:
     """Where the aggregates of a checkpoint belong."""
-    return folder / "eval_results" / f"{_prefix(checkpoint)}summary.json"
+    return folder / "eval_results" / f"{_prefix(checkpoint)}_summary.json"
 
 
 def _prefix(checkpoint: Checkpoint) -> str:
     if checkpoint.epoch is not None:
-        return f"epoch_{checkpoint.epoch}_"
-    return f"iter_{checkpoint.iteration}_" if checkpoint.iteration is not None else ""
+        return f"epoch_{checkpoint.epoch}"
+    return f"iter_{checkpoint.iteration}" if checkpoint.iteration is not None else LATEST
 
 
 @dataclass(frozen=True)
