@@ -14,7 +14,7 @@ root="$PWD"
 
 prepare_python
 install_once training -r requirements-training.txt
-install_once evaluation pyarrow  # reads the retrieval sets
+install_once evaluation pyarrow matplotlib  # the retrieval sets; the pictures
 
 processes="${EVAL_PROCESSES:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
 case "$processes" in *[!0-9]* | "" | 0) die "EVAL_PROCESSES=$processes is no number of processes: give 1 or more" ;; esac

@@ -29,6 +29,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or patterns in quotes")
     parser.add_argument("--epoch", type=int, help="results of epoch N (default: the newest evaluated of each run)")
+    parser.add_argument("--iter", type=int, help="results of iteration S instead of an epoch")
     parser.add_argument("--out", metavar="FOLDER", help="write comparison.md, comparison.csv and comparison.tex there")
     parser.add_argument("--tasks", action="store_true", help="a column for each of DataComp's 38 tasks too")
     parser.add_argument("--metrics", default="", metavar="LIST", help="more metrics of evaluation.json, with commas")
@@ -38,14 +39,17 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         choices=("seed", "objective", "name-without-seed"),
         help="what makes runs one row: params.txt but for the seed, the objective, or the name but for seed…",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.epoch is not None and args.iter is not None:
+        raise UserError(f"--epoch {args.epoch} --iter {args.iter}: give one of them.")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line tool; returns the exit status. A user's mistake is one line on stderr and status 2."""
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
-        runs = [read_run(folder, args.epoch) for folder in expanded(args.runs)]
+        runs = [read_run(folder, args.epoch, args.iter) for folder in expanded(args.runs)]
         metrics = [name.strip() for name in args.metrics.split(",") if name.strip()]
         comparison = compared(runs, args.group_by, with_tasks=args.tasks, metrics=metrics)
         print(terminal(comparison))

@@ -4,10 +4,11 @@
     python src/evaluation/download.py data/datacomp
     python src/evaluation/download.py data/datacomp --tasks vtab,imagenet1k --workers 8
 
-What lies there is compared with the hub, size and checksum, and kept. Interrupted, it goes on where it was. A set that cannot
-be fetched does not stop the others; the last lines say what is still missing and where it is to be had.
+What lies there is compared with the hub, size and checksum, and kept. Interrupted and started again, it goes on with the files
+that are not whole, from their beginnings. A set that cannot be fetched does not stop the others; the last lines say what is
+still missing and where it is to be had.
 
-Status 0: all sets are there and whole; 1: some are not; 2: a mistake in the flags, or too little room.
+Status 0: all sets are there and whole; 1: some are not; 2: a mistake in the flags, or too little room; 130: Ctrl-C.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from huggingface_hub.utils import disable_progress_bars
 
-from evaluation.datacomp.hub import Checked, FetchError, Hub, check, elsewhere, fetch_set
+from evaluation.datacomp.hub import Checked, FetchError, Hub, Unreachable, check, elsewhere, fetch_set, own_copy
 from evaluation.datacomp.selection import selected_tasks
 from evaluation.datacomp.tasks import Task
 from evaluation.errors import UserError, one_line
@@ -50,14 +52,24 @@ def look(
 ) -> tuple[list[Checked], dict[str, str]]:
     """Compare all sets with the hub. Returns those that the hub has, and key → why not for the others."""
     found, failed = [], {}
+    unreachable: Unreachable | None = None
     for task in tasks:
         place = elsewhere(task, data_dir)
         if place is not None:
             print(f"{task.key}: lies in {place}, left as it is", flush=True)
             continue
         try:
-            found.append(check(hub.look_up(task), data_dir, pool))
+            if unreachable is not None:
+                raise unreachable
+            remote = hub.look_up(task)
+            place = own_copy(remote, data_dir)
+            if place is not None:
+                print(f"{task.key}: lies in {place}, in other files than the hub's, left as it is", flush=True)
+                continue
+            found.append(check(remote, data_dir, pool))
         except FetchError as error:
+            if isinstance(error, Unreachable) and not found and not failed:
+                unreachable = error  # from the beginning: trying again for each set would only take long
             failed[task.key] = str(error)
             print(f"{task.key}: {error}", flush=True)
     return found, failed
@@ -87,18 +99,21 @@ def download(args: argparse.Namespace) -> int:
     """Do what the command line says; returns the exit status."""
     tasks = selected_tasks(args.tasks)
     data_dir = Path(args.data_dir)
+    hub = Hub(args.endpoint)
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{data_dir} cannot be made ({error.strerror}); choose another folder.") from None
     if not sys.stderr.isatty():
         disable_progress_bars()
-    hub = Hub(args.endpoint)
-    with ThreadPoolExecutor(args.workers) as pool:
+    pool = ThreadPoolExecutor(args.workers)
+    try:
         found, failed = look(hub, tasks, data_dir, pool)
         check_room(data_dir, found)
         for number, checked in enumerate(found, 1):
             failed.update(_fetch(hub, checked, data_dir, pool, f"[{number}/{len(found)}]"))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
     staging = data_dir / ".download"
     shutil.rmtree(staging, ignore_errors=True)
     for task in tasks:
@@ -132,6 +147,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nstopped; start it again to go on", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        # Not sys.exit: it would wait for the transfers under way, in threads that cannot be stopped.
+        os._exit(130)
 
 
 if __name__ == "__main__":

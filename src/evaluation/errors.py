@@ -5,6 +5,8 @@ import pickle
 # What torch.load raises at a file that is damaged, cut short or something else, with weights_only=True.
 UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError)
 
+MOST_OF_A_LIBRARY = 240  # characters
+
 
 class UserError(ValueError):
     """A mistake in the flags or in the files they name.
@@ -19,11 +21,17 @@ class NoPairsError(UserError):
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error; of one that comes from a loader process, without that process's traceback before it."""
-    lines = str(error).strip().splitlines()
+    """The message of an error, in one line; of one that comes from a loader process, without that process's traceback.
+
+    What a library says is cut where it is long.
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()]
     if not lines:
         return type(error).__name__
-    return lines[-1].removeprefix("evaluation.errors.UserError: ") if lines[0].startswith("Caught ") else lines[0]
+    if lines[0].startswith("Caught "):
+        return lines[-1].removeprefix("evaluation.errors.UserError: ")
+    text = " ".join(filter(None, lines))
+    return text if isinstance(error, UserError) else text[:MOST_OF_A_LIBRARY]
 
 
 def reason_of(error: Exception) -> str:
@@ -36,9 +44,3 @@ def reason_of(error: Exception) -> str:
         return "it is no checkpoint, or holds more than tensors and plain values"
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
-
-
-def message_of(error: BaseException) -> str:
-    """The one line of a UserError; from a loader process it arrives under that process's traceback, as the last line."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].removeprefix("evaluation.errors.UserError: ")

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from evaluation.curves import plot_curves
 from evaluation.datasets import PairDataset, open_classification
+from evaluation.errors import UserError
 from evaluation.features import PairFeatures
-from evaluation.gallery_picture import draw_gallery
+from evaluation.held_out_digest import classification_digest, pairs_digest
 from evaluation.ranks import Place
 from evaluation.report import Result, print_table, write_report
 from evaluation.run_folder import LoadedModel, RunFolder, Subject
 from evaluation.search import Query, nearest_images, read_query_file
 from evaluation.suite import Measured, Setting, encode_queries, measure_classification, measure_pairs
+from evaluation.zero_shot import fill_template
 
 MOST_QUERIES = 8
 
@@ -29,12 +31,14 @@ class HeldOut:
         zeroshot: the folder of a classification set, or None.
         queries: what the gallery searches the pairs' images for; empty without pairs.
         precision: the name of the towers' number format, for the report.
+        digests: `pairs_sha256` and `zeroshot_sha256` of the sets there are.
     """
 
     pairs: str | None
     zeroshot: str | None
     queries: list[Query]
     precision: str
+    digests: dict[str, str]
 
 
 class Evaluated(NamedTuple):
@@ -52,12 +56,22 @@ def opened(
     """The sets, opened once before any model is loaded, so that a mistake is known early.
 
     Raises:
-        UserError: for a set or a file of queries that cannot be used.
+        UserError: for a set or a file of queries that cannot be used, or a template without {c}.
     """
+    digests, found = {}, []
     if zeroshot:
-        open_classification(zeroshot)
-    found = read_queries(query_file, queries, PairDataset(pairs)) if pairs else []
-    return HeldOut(pairs, zeroshot, found, precision)
+        source = open_classification(zeroshot)
+        try:
+            for template in source.templates:
+                fill_template(template, "")
+        except UserError as error:
+            raise UserError(f"--zeroshot {zeroshot}: {error}") from None
+        digests["zeroshot_sha256"] = classification_digest(source)
+    if pairs:
+        opened_pairs = PairDataset(pairs)
+        found = read_queries(query_file, queries, opened_pairs)
+        digests["pairs_sha256"] = pairs_digest(opened_pairs)
+    return HeldOut(pairs, zeroshot, found, precision, digests)
 
 
 def read_queries(path: str | None, texts: Sequence[str], pairs: PairDataset) -> list[Query]:
@@ -99,7 +113,7 @@ def evaluate_run(sets: HeldOut, subject: Subject, loaded: LoadedModel, setting: 
             "epoch": checkpoint.epoch,
             "iteration": checkpoint.iteration,
         },
-        data={"pairs": sets.pairs, "zeroshot": sets.zeroshot},
+        data={"pairs": sets.pairs, "zeroshot": sets.zeroshot, **sets.digests},
         metrics=measured.metrics,
         chance=measured.chance,
         counts=measured.counts,
@@ -108,13 +122,22 @@ def evaluate_run(sets: HeldOut, subject: Subject, loaded: LoadedModel, setting: 
     return Evaluated(result, loaded, pairs, features)
 
 
-def write_gallery(path: Path, run: RunFolder, evaluated: Evaluated, queries: list[Query], label: str) -> None:
-    """Search the pairs' images for the queries with the evaluated model, and draw what is found."""
+def write_gallery(
+    path: Path, run: RunFolder, evaluated: Evaluated, queries: list[Query], label: str, setting: Setting
+) -> None:
+    """Search the pairs' images for the queries with the evaluated model, and draw what is found.
+
+    Raises:
+        ImportError: without matplotlib.
+        OSError: the picture cannot be written.
+    """
+    from evaluation.gallery_picture import draw_gallery
+
     pairs, features = evaluated.pairs, evaluated.features
     assert pairs is not None
     assert features is not None
-    setting = Setting(device=features.image_features.device)
     texts = [query.text for query in queries]
+    # In the run's precision, as the images were encoded.
     query_features = encode_queries(evaluated.loaded.model, evaluated.loaded.tokenizer, texts, setting)
     hits = nearest_images(
         queries, query_features, features.image_features, lambda i: (pairs.caption(i), pairs.concept(i))
@@ -123,15 +146,38 @@ def write_gallery(path: Path, run: RunFolder, evaluated: Evaluated, queries: lis
     draw_gallery(path, run.name, subtitle, queries, hits, pairs.image, pairs.total)
 
 
-def write_files(sets: HeldOut, subjects: Sequence[Subject], evaluated: Evaluated, others: Sequence[Result]) -> None:
-    """The report, the curves and the gallery into the first run's folder, and the table on the terminal."""
+def write_files(
+    sets: HeldOut, subjects: Sequence[Subject], evaluated: Evaluated, others: Sequence[Result], setting: Setting
+) -> None:
+    """The table on the terminal, then the report, the curves and the gallery into the first run's folder.
+
+    Without matplotlib there are no pictures, which is told.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
     run, results = subjects[0].run, [evaluated.result, *others]
-    written = write_report(run.path, results)
-    plot_curves({each.run.name: each.run.path for each in subjects}, run.path / "curves.png")
-    written.append(run.path / "curves.png")
-    if sets.queries:
-        write_gallery(run.path / "gallery.png", run, evaluated, sets.queries, subjects[0].checkpoint.label)
-        written.append(run.path / "gallery.png")
     print()
     print_table(results)
+    sys.stdout.flush()
+    try:
+        written = write_report(run.path, results)
+        written += _write_pictures(sets, subjects, evaluated, setting)
+    except OSError as error:
+        file = error.filename or run.path
+        raise UserError(f"{file} cannot be written ({error.strerror or error}); free or mend it.") from None
     print("wrote " + ", ".join(map(str, written)), flush=True)
+
+
+def _write_pictures(sets: HeldOut, subjects: Sequence[Subject], evaluated: Evaluated, setting: Setting) -> list[Path]:
+    run = subjects[0].run
+    try:
+        from evaluation.curves import plot_curves
+    except ModuleNotFoundError as error:
+        print(f"note: no pictures, as {error.name} is not installed: pip install matplotlib")
+        return []
+    plot_curves({each.run.name: each.run.path for each in subjects}, run.path / "curves.png")
+    if not sets.queries:
+        return [run.path / "curves.png"]
+    write_gallery(run.path / "gallery.png", run, evaluated, sets.queries, subjects[0].checkpoint.label, setting)
+    return [run.path / "curves.png", run.path / "gallery.png"]

@@ -19,6 +19,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,8 @@ from evaluation.suite import Setting
 
 if TYPE_CHECKING:
     from evaluation.held_out import HeldOut
+
+LET_RANK_0_SPEAK = 3.0  # seconds
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -117,12 +120,12 @@ def _evaluate_held_out(
     for subject in subjects[1:]:
         other = _loaded(subject, place)
         others.append(evaluate_run(sets, subject, other, setting, place).result)
-    place.from_main(lambda: write_files(sets, subjects, evaluated, others))
+    place.from_main(lambda: write_files(sets, subjects, evaluated, others, setting))
 
 
 def evaluate(args: argparse.Namespace, place: Place) -> int:
     """Do what the command line says, on this rank; returns the exit status."""
-    tasks = selected_tasks(args.tasks)
+    tasks = place.together(lambda: selected_tasks(args.tasks))
     subjects = _subjects(args, place)
     chosen = precision.chosen_precision(args.precision, place.device)
     suite, plan, sets = None, None, None
@@ -158,12 +161,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line tool; returns the exit status. A user's mistake is one line on stderr and status 2."""
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        return _mistake(error)
+    try:
         with joined(args.device) as place:
             return evaluate(args, place)
+    except SharedError as error:
+        return _mistake(error)
     except UserError as error:
-        if not isinstance(error, SharedError) or environment()[0] == 0:
-            print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
+
+
+def _mistake(error: UserError) -> int:
+    """One that every rank has found, or heard of: rank 0 speaks."""
+    if environment()[0] == 0:
+        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+    elif not isinstance(error, SharedError):
+        # The launcher ends all ranks at the first that ends, which must not be before rank 0 has spoken.
+        time.sleep(LET_RANK_0_SPEAK)
+    return 2
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import open_clip
 import torch
 from torch import Tensor
 
-from evaluation.errors import UserError
+from evaluation.errors import UserError, one_line
 from evaluation.features import DualEncoder
 
 # Parameters of a run that change the model or its preprocessing, by their names in open_clip.
@@ -85,7 +86,7 @@ class RunFolder:
             raise UserError(f"run folder {self.path} does not exist; give the folder that training wrote, logs/NAME.")
         if not file.is_file() and architecture is None:
             raise UserError(f"{file} is missing: give logs/NAME, or --arch MODEL for another trainer's folder.")
-        self.texts = param_texts(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        self.texts = param_texts(_text(file)) if file.is_file() else {}
         self.params = {name: _parsed(text) for name, text in self.texts.items()}
         trained = self.params.setdefault("model", architecture)
         if architecture is not None and _spelled(trained) != _spelled(architecture):
@@ -166,7 +167,7 @@ class RunFolder:
         # open_clip keeps one registry by name, and the last entry wins: register again each time, as another run's
         # configuration of the same name may have come in between.
         for config in sorted((self.path / "model_configs").glob("*.json")):
-            open_clip.add_model_config(config)
+            _register(config)
         if not architecture or _spelled(architecture) not in open_clip.list_models():
             configs = self.path / "model_configs"
             where = "params.txt says model:" if (self.path / "params.txt").is_file() else "--arch"
@@ -176,7 +177,7 @@ class RunFolder:
                 architecture, pretrained=str(checkpoint.path), device=device, **self._model_options()
             )
         except Exception as error:  # a damaged file makes torch raise nearly anything
-            reason = _one_line(error)
+            reason = _reason(error)
             raise UserError(f"{checkpoint.path} does not load into model {architecture} ({reason}).") from error
         context_length = self.params.get("force_context_length")
         tokenizer = open_clip.get_tokenizer(architecture, context_length=context_length)
@@ -240,14 +241,39 @@ def _stored_epoch(path: Path) -> int | None:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        raise UserError(f"{path} cannot be read ({_one_line(error)}); ask for another epoch or remove it.") from error
+        raise UserError(f"{path} cannot be read ({_reason(error)}); ask for another epoch or remove it.") from error
     epoch = content.get("epoch") if isinstance(content, dict) else None
     return epoch if isinstance(epoch, int) else None
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or "no reason given"
-    return f"{type(error).__name__}: {text[:240]}"
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
+def _register(config: Path) -> None:
+    """Tell open_clip of a model configuration. It must be whole: open_clip reads all it was told of again with each."""
+    try:
+        if not isinstance(json.loads(config.read_text(encoding="utf-8")), dict):
+            raise ValueError("it holds no JSON object")
+        open_clip.add_model_config(config)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{config} is no model configuration ({_reason(error)}); mend or remove it.") from None
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read ({_reason(error)}); mend it or copy it again.") from None
+
+
+def read_params(file: Path) -> dict[str, Any]:
+    """`parse_params` of a file.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    return parse_params(_text(file))
 
 
 def param_texts(text: str) -> dict[str, str]:
@@ -268,5 +294,5 @@ def parse_params(text: str) -> dict[str, Any]:
 def _parsed(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text  # what literal_eval raises at text that only begins like a literal

@@ -159,10 +159,13 @@ def measure_classification(
         with setting.autocast_context():
             return model.encode_text(tokens)
 
-    with evaluating(model):
-        head = zero_shot.build_class_head(
-            encode_text, tokenizer, source.class_names, source.templates, setting.device, setting.batch_size
-        )
+    def head_of_all_classes() -> Tensor:
+        with evaluating(model):
+            return zero_shot.build_class_head(
+                encode_text, tokenizer, source.class_names, source.templates, setting.device, setting.batch_size
+            )
+
+    head = setting.together(head_of_all_classes)
     loader = setting.loader(source.dataset)
     features, labels = setting.together(
         lambda: encode_images(model, loader, setting.device, setting.autocast_context, image_dtype=setting.image_dtype)

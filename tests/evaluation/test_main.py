@@ -11,12 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from evaluation import held_out
 from evaluation.curves import DOTS_PER_INCH, FIGURE_INCHES
+from evaluation.datasets import PairDataset, open_classification
 from evaluation.gallery_picture import gallery_size
 from evaluation.held_out import read_queries
+from evaluation.held_out_digest import classification_digest, pairs_digest
 from evaluation.main import main, parse_args
+
+from .conftest import pair, write_shard
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 
@@ -132,8 +138,6 @@ def test_mistakes_are_one_line(
     broken = tmp_path / "broken.json"
     broken.write_text('{"text": "not a list"}')
     shard = tmp_path / "bad.tar"
-    from .conftest import write_shard
-
     write_shard(shard, [("5", {"png": b"not a picture", "txt": b"x"})])
     for arguments, message in (
         (f"--pairs {pair_shards} --epoch 7", "has no epoch_7.pt; there is: epoch_1.pt."),
@@ -152,6 +156,83 @@ def test_mistakes_are_one_line(
         assert errors.startswith("error: ")
         assert message in errors
     assert not (run / "evaluation.json").exists()
+
+
+def test_a_template_without_a_place_for_the_name_is_found_before_the_model_is_loaded(
+    make_run: Callable[..., Path],
+    classification_shards: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = make_run("run", epochs=(1,))
+    monkeypatch.setattr("evaluation.run_folder.RunFolder.load_checkpoint", lambda *_: pytest.fail("loaded"))
+    (classification_shards / "zeroshot_classification_templates.txt").write_text("{c} icon\na photo\n")
+    assert main(["--train_output_dir", str(run), "--zeroshot", str(classification_shards)]) == 2
+    assert "template 'a photo' has no {c}" in capsys.readouterr().err
+
+
+def test_digests_are_of_the_content_and_not_of_the_place(pair_shards: str, classification_shards: Path) -> None:
+    folder = Path(pair_shards).parent
+    digests = [
+        pairs_digest(PairDataset(pair_shards)),
+        classification_digest(open_classification(classification_shards)),
+    ]
+    moved = folder.rename(folder.with_name("moved"))
+    assert pairs_digest(PairDataset(str(moved))) == digests[0]
+    write_shard(moved / "00000.tar", [(f"{3 * seed:09d}", pair(seed, "disc x icon")) for seed in range(5)])
+    assert pairs_digest(PairDataset(str(moved))) != digests[0]
+    (classification_shards / "zeroshot_classification_templates.txt").write_text("a {c}\n")
+    assert classification_digest(open_classification(classification_shards)) != digests[1]
+
+
+def test_without_matplotlib_the_numbers_are_written(
+    make_run: Callable[..., Path], pair_shards: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run("run", epochs=(1,))
+    for name in [name for name in sys.modules if name.startswith(("evaluation.curves", "evaluation.gallery_picture"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["--train_output_dir", str(run), "--pairs", pair_shards, "--workers", "0"]) == 0
+    assert "no pictures, as matplotlib is not installed: pip install matplotlib" in capsys.readouterr().out
+    result = json.loads((run / "evaluation.json").read_text())
+    assert result["data"]["pairs_sha256"] == pairs_digest(PairDataset(pair_shards))
+    assert not (run / "curves.png").exists()
+
+
+def test_what_cannot_be_written_is_one_line_after_the_table(
+    make_run: Callable[..., Path], pair_shards: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run("run", epochs=(1,))
+    (run / "evaluation.json").mkdir()
+    assert main(["--train_output_dir", str(run), "--pairs", pair_shards, "--workers", "0"]) == 2
+    out, err = capsys.readouterr()
+    assert "image → text R@1" in out
+    assert err.startswith("error: ")
+    assert "evaluation.json" in err
+    assert err.count("\n") == 1
+
+
+def test_queries_are_encoded_in_the_precision_of_the_run(
+    make_run: Callable[..., Path], pair_shards: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    encode = held_out.encode_queries
+    monkeypatch.setattr(held_out, "encode_queries", lambda *args: seen.append(args[-1]) or encode(*args))
+    flags = ["--pairs", pair_shards, "--workers", "0", "--precision", "bf16"]
+    assert main(["--train_output_dir", str(make_run("run", epochs=(1,))), *flags]) == 0
+    with seen[0].autocast_context():
+        assert torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_mistakes_of_all_ranks_are_told_by_the_first(
+    rank: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evaluation.main.LET_RANK_0_SPEAK", 0)
+    for name, value in (("RANK", rank), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert main(["--train_output_dir", "x"]) == 2
+    assert ("nothing to evaluate on" in capsys.readouterr().err) == (rank == "0")
 
 
 def test_flags_take_both_spellings() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from evaluation.errors import UserError
 from evaluation.run_folder import RunFolder, parse_params
 
 
@@ -17,6 +18,21 @@ def test_parameters() -> None:
         "lr: 0.0005\nmodel: ViT-B-32\nsize: (3, 4)\nnone: None\nflag: True\nurl: a::b: c\n\nnot a line\n"
     )
     assert params == {"lr": 5e-4, "model": "ViT-B-32", "size": (3, 4), "none": None, "flag": True, "url": "a::b: c"}
+
+
+@pytest.mark.parametrize("text", ["{[]: 1}", "{{}}", "(" * 5000, "-" * 5000 + "1", "[" * 300 + "]" * 300])
+def test_what_only_looks_like_a_literal_stays_text(text: str) -> None:
+    assert parse_params(f"x: {text}\n") == {"x": text}
+
+
+def test_a_broken_model_configuration_is_named(make_run: Callable[..., Path]) -> None:
+    folder = make_run("run", epochs=(1,))
+    for content in (b"{", b"[]", b"\xff"):
+        (folder / "model_configs" / "x.json").write_bytes(content)
+        with pytest.raises(UserError, match=r"model_configs/x\.json is no model configuration"):
+            RunFolder(folder).load_model()
+    (folder / "model_configs" / "x.json").unlink()
+    RunFolder(folder).load_model()  # open_clip has not kept the broken one
 
 
 def test_loads_the_checkpoint_asked_for(make_run: Callable[..., Path]) -> None:

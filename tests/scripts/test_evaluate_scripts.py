@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from evaluation.run_folder import MODEL_PARAMETERS
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # pip has nothing to do; everything else is Python.
@@ -104,6 +106,19 @@ def test_public_code_is_not_given_what_it_would_get_wrong(place: Path, flags: tu
     assert "FORK" not in done.stdout
 
 
+@pytest.mark.parametrize("name", MODEL_PARAMETERS)
+def test_a_model_that_the_public_code_would_build_otherwise_is_refused(name: str, place: Path) -> None:
+    params = place / "logs" / "run" / "params.txt"
+    before = params.read_text()
+    params.write_text(f"{before}{name}: None\n")
+    assert public_code(place, *REQUIRED, "--epoch", "2").returncode == 0
+    params.write_text(f"{before}{name}: 7\n")
+    done = public_code(place, *REQUIRED, "--epoch", "2")
+    assert done.returncode == 1
+    assert f"params.txt says {name}: 7, which the public code does not know" in done.stderr
+    assert "FORK" not in done.stdout
+
+
 def test_public_code_does_not_reuse_results_of_a_replaced_checkpoint(place: Path) -> None:
     results = place / "logs" / "run" / "eval_results" / "epoch_2_eval_results.jsonl"
     results.parent.mkdir()
@@ -112,7 +127,12 @@ def test_public_code_does_not_reuse_results_of_a_replaced_checkpoint(place: Path
     assert "1 results in" in done.stdout
     assert "FORK" in done.stdout
     results.write_text('{"key": "mnist"}\n{"key": "ci')
-    assert "is cut off" in public_code(place, *REQUIRED, "--epoch", "2").stderr
+    done = public_code(place, *REQUIRED, "--epoch", "2")
+    assert "was cut off: moved to" in done.stdout
+    assert "1 results in" in done.stdout
+    assert "FORK" in done.stdout
+    assert results.read_text() == '{"key": "mnist"}\n'
+    assert results.with_name(f"{results.name}.cut-off").read_text() == '{"key": "ci\n'
     os.utime(results, (1, 1))
     assert "is newer than" in public_code(place, *REQUIRED, "--epoch", "2").stderr
 
@@ -127,12 +147,21 @@ def test_public_code_is_cloned_once(place: Path) -> None:
         ["-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "x"],
     ):
         subprocess.run(["git", *words], cwd=source, check=True)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=source, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    # What comes later is not taken.
+    (source / "evaluate.py").write_text("print('NEWER')")
+    subprocess.run(
+        ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qam", "y"], cwd=source, check=True
+    )
     checkout = place / "checkout"
     for name in ("scripts/environment.sh", "scripts/evaluate_datacomp.sh", "requirements-eval.txt"):
         program(checkout / name, (ROOT / name).read_text())
     environment = {
         **{name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "DATACOMP_FORK")},
         "DATACOMP_FORK_URL": f"file://{source}",
+        "DATACOMP_FORK_COMMIT": commit,
         "DATACOMP_VENV": str(place / "venv"),
         "PIP_LOG": str(place / "pip.log"),
         "ECHO": "",
@@ -144,6 +173,7 @@ def test_public_code_is_cloned_once(place: Path) -> None:
     ]
     assert [done.stdout.count("cloning") for done in outputs] == [1, 0]
     assert all("FORK" in done.stdout for done in outputs)
+    assert [path.name for path in (checkout / ".datacomp").iterdir()] == [f"fork-{commit}"]
 
 
 @pytest.mark.parametrize("script", ["evaluate.sh", "evaluate_datacomp.sh"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,20 +15,25 @@ from typing import Any
 from evaluation.comparison.groups import BOOKKEEPING, SEED, Statistic, statistic
 from evaluation.comparison.tables import Cell, Column, Table, with_best
 from evaluation.datacomp.aggregate import GROUPS, aggregates, main_metrics
-from evaluation.datacomp.results import read_results
+from evaluation.datacomp.results import LATEST, RESULTS, read_results
 from evaluation.datacomp.tasks import TASKS
 from evaluation.errors import UserError
 from evaluation.report import ROWS
-from evaluation.run_folder import parse_params
+from evaluation.run_folder import read_params
 
 HEADLINES = ("retrieval/image_to_text_R@1", "retrieval/text_to_image_R@1", "zeroshot/top1")
 
 # Flags in which runs of one row may differ.
 _FREE = BOOKKEEPING | {SEED}
 
+# Behind the name of a row whose runs were evaluated after different epochs or in different precisions.
+MIXED_ROW = "†"
 
-# What was counted, and how many; None where the file does not say.
-Count = tuple[str, int | None]
+
+# A fact about the data of a value, as what was counted and how many; None where the file does not say.
+Fact = tuple[str, int | str | None]
+# Facts on which set it was: where one does not know the digest, the paths have to do.
+_DIGEST, _PATH = "sha256", "path"
 
 
 @dataclass(frozen=True)
@@ -48,15 +54,15 @@ class Evaluated:
         params: what params.txt says; empty without one.
         values: column key → number, of what is there.
         missing: column key → tasks without which an aggregate has no value.
-        data: column key → how much data the value comes from: names and numbers of images, pairs, classes.
-        notes: column key → in what other way the value came about: epoch, precision.
+        data: column key → what data the value comes from: names and numbers of images, pairs, classes, and which set.
+        notes: column key → in what other way the value came about: epoch or iteration, precision.
     """
 
     name: str
     params: dict[str, Any]
     values: dict[str, float] = field(default_factory=dict)
     missing: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    data: dict[str, list[Count]] = field(default_factory=dict)
+    data: dict[str, list[Fact]] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
 
 
@@ -76,6 +82,10 @@ class Row:
         values = [run.values[measure.key] for run in self.having(measure)]
         return statistic(values) if values else None
 
+    def in_several_ways(self, measure: Measure) -> bool:
+        """Whether the mean of a column is over several epochs, iterations or precisions."""
+        return len({run.notes[measure.key] for run in self.having(measure)}) > 1
+
 
 @dataclass
 class Comparison:
@@ -89,7 +99,8 @@ class Comparison:
     def table(self) -> Table:
         """As a table: the best of a column is marked where its numbers compare, means of all runs of a row."""
         columns = [Column("run", "run"), Column("runs", "n", "g")]
-        parts = [[Cell(row.label) for row in self.rows], [Cell(len(row.runs)) for row in self.rows]]
+        labels = [f"{row.label} {MIXED_ROW}" if self._ways(row) else row.label for row in self.rows]
+        parts = [[Cell(label) for label in labels], [Cell(len(row.runs)) for row in self.rows]]
         for measure in self.columns:
             mark = " *" if measure.key in self.mixed else ""
             unit = "" if measure.lower_is_better else ", %"
@@ -98,9 +109,14 @@ class Comparison:
             )
             found = [row.statistic(measure) for row in self.rows]
             cells = [Cell(None) if each is None else Cell(each.mean, each.std) for each in found]
-            comparable = measure.key not in self.mixed and not any(self._partial(row, measure) for row in self.rows)
+            comparable = measure.key not in self.mixed and not any(
+                self._partial(row, measure) or row.in_several_ways(measure) for row in self.rows
+            )
             parts.append(with_best(cells, not measure.lower_is_better if comparable else None))
         return Table(columns, [list(row) for row in zip(*parts)])
+
+    def _ways(self, row: Row) -> bool:
+        return any(row.in_several_ways(measure) for measure in self.columns)
 
     @staticmethod
     def _partial(row: Row, measure: Measure) -> bool:
@@ -124,32 +140,49 @@ def expanded(patterns: Sequence[str]) -> list[Path]:
     return list(found.values())
 
 
-def read_run(folder: Path, epoch: int | None) -> Evaluated:
-    """Read what was evaluated of a run: DataComp's tasks and held-out sets, of one epoch or of the newest evaluated.
+def read_run(folder: Path, epoch: int | None, iteration: int | None = None) -> Evaluated:
+    """Read what was evaluated of a run: DataComp's tasks and held-out sets, of one checkpoint or of the newest evaluated.
+
+    Args:
+        folder: the run's.
+        epoch: of the checkpoint epoch_N.pt.
+        iteration: of the checkpoint iter_S.pt.
 
     Raises:
         UserError: if there is nothing, or a file cannot be understood.
     """
     params = folder / "params.txt"
-    run = Evaluated(folder.resolve().name, parse_params(params.read_text(encoding="utf-8")) if params.is_file() else {})
-    results = _results_file(folder, epoch)
+    run = Evaluated(folder.resolve().name, read_params(params) if params.is_file() else {})
+    results = _results_file(folder, epoch, iteration)
     if results is not None:
         _add_datacomp(run, results)
-    _add_held_out(run, folder / "evaluation.json", epoch)
+    _add_held_out(run, folder / "evaluation.json", epoch, iteration)
     if not run.values:
-        wanted = f" of epoch {epoch}" if epoch is not None else ""
+        wanted = f" of {when(epoch, iteration)}" if (epoch, iteration) != (None, None) else ""
         raise UserError(
             f"{folder} has no evaluation{wanted}; run src/evaluation/main.py --train_output_dir {folder} first."
         )
     return run
 
 
-def _results_file(folder: Path, epoch: int | None) -> Path | None:
-    found = {}
-    for path in (folder / "eval_results").glob("*_eval_results.jsonl"):
-        match = re.fullmatch(r"(epoch|iter)_([0-9]+)_eval_results\.jsonl", path.name)
-        if match and (epoch is None or (match[1], int(match[2])) == ("epoch", epoch)):
-            found[match[1] == "epoch", int(match[2])] = path
+def when(epoch: object, iteration: object) -> str:
+    """Which checkpoint, in words: its epoch, or else its iteration."""
+    if epoch is not None:
+        return f"epoch {epoch}"
+    return f"iteration {iteration}" if iteration is not None else LATEST
+
+
+def _results_file(folder: Path, epoch: int | None, iteration: int | None) -> Path | None:
+    found: dict[tuple[int, int], Path] = {}
+    for path in (folder / "eval_results").glob(f"*{RESULTS}"):
+        match = re.fullmatch(rf"(?:(epoch|iter)_([0-9]+)|{LATEST})_{RESULTS}", path.name)
+        if match:
+            # epoch_latest.pt is evaluated under that name where it does not say its epoch, and is then taken for the newest.
+            found[{"iter": 0, "epoch": 1, None: 2}[match[1]], int(match[2] or 0)] = path
+    if iteration is not None:
+        return found.get((0, iteration))
+    if epoch is not None:
+        return found.get((1, epoch))
     return found[max(found)] if found else None
 
 
@@ -159,14 +192,14 @@ def _add_datacomp(run: Evaluated, path: Path) -> None:
     if len(digests) > 1:
         raise UserError(f"{path} holds results of several checkpoints; run src/evaluation/main.py on the run again.")
     tasks = main_metrics(lines.values())
-    when = path.name.removesuffix("_eval_results.jsonl").replace("_", " ")
+    after = path.name.removesuffix(f"_{RESULTS}").replace("iter_", "iteration_").replace("_", " ")
 
     def add(name: str, value: float, keys: Iterable[str]) -> None:
         run.values[name] = value
         used = [lines[key] for key in keys]
         run.data[name] = [(line["key"], line.get("images")) for line in used]
         precisions = sorted({str(line.get("precision") or "of the public code") for line in used})
-        run.notes[name] = f"{when}, {' and '.join(precisions)}"
+        run.notes[name] = _note(after, precisions)
 
     for key, value in tasks.items():
         add(key, value, [key])
@@ -177,24 +210,41 @@ def _add_datacomp(run: Evaluated, path: Path) -> None:
             run.missing[name] = missing
 
 
-def _add_held_out(run: Evaluated, path: Path, epoch: int | None) -> None:
+def _note(after: str, precisions: Sequence[str]) -> str:
+    return f"{after}, {' and '.join(precisions)}"
+
+
+def _add_held_out(run: Evaluated, path: Path, epoch: int | None, iteration: int | None) -> None:
     if not path.is_file():
         return
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        metrics, counts, at = content["metrics"], content["counts"], content["checkpoint"]["epoch"]
+        metrics, counts, checkpoint = content["metrics"], dict(content["counts"]), content["checkpoint"]
+        at = checkpoint["epoch"], checkpoint.get("iteration")
         metrics = {name: float(metrics[name]) for name in ROWS if metrics.get(name) is not None}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        sources = dict(content.get("data") or {})
+        precision = str(content.get("precision", "fp32"))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} cannot be understood ({error!r}); run src/evaluation/main.py again.") from None
-    if epoch is not None and at != epoch:
+    if (epoch, iteration) != (None, None) and at != (epoch, iteration):
         return
     for name, value in metrics.items():
-        prefix = "zeroshot" if name.startswith("zeroshot/") else "pairs"
+        kind = "zeroshot" if name.startswith("zeroshot/") else "pairs"
         run.values[name] = value
         run.data[name] = sorted(
-            (key, count) for key, count in counts.items() if key.startswith("zeroshot") == (prefix == "zeroshot")
+            (key, count) for key, count in counts.items() if key.startswith("zeroshot") == (kind == "zeroshot")
         )
-        run.notes[name] = f"epoch {at}, {content.get('precision', 'fp32')}"
+        run.data[name] += _identity(sources, kind)
+        run.notes[name] = _note(when(*at), [precision])
+
+
+def _identity(sources: dict[str, Any], kind: str) -> list[Fact]:
+    """Which set it was, as far as evaluation.json says; old files have only its path."""
+    digest, path = sources.get(f"{kind}_sha256"), sources.get(kind)
+    return [
+        (_DIGEST, str(digest)[:12] if digest is not None else None),
+        (_PATH, os.path.normpath(path) if isinstance(path, str) else None),
+    ]
 
 
 def grouped(runs: Sequence[Evaluated], by: str) -> list[Row]:
@@ -216,8 +266,8 @@ def grouped(runs: Sequence[Evaluated], by: str) -> list[Row]:
 
 
 def name_without_seed(name: str) -> str:
-    """`neuclip-seed3-b256` → `neuclip-b256`."""
-    return re.sub(r"(^|[-_.])(seed|s)[-_=]?\d+(?=$|[-_.])", "", name, flags=re.IGNORECASE).strip("-_.") or name
+    """`neuclip-seed3-b256` → `neuclip-b256`; the S-16 of a model is no seed, s16 is."""
+    return re.sub(r"(^|[-_.])(seed[-_=]?|s=?)\d+(?=$|[-_.])", "", name, flags=re.IGNORECASE).strip("-_.") or name
 
 
 def _label(runs: Sequence[Evaluated], by: str) -> str:
@@ -258,10 +308,13 @@ def compared(
     return Comparison(rows, columns, mixed, _notes(rows, columns, mixed))
 
 
-def _differ(one: Sequence[Count], other: Sequence[Count]) -> bool:
+def _differ(one: Sequence[Fact], other: Sequence[Fact]) -> bool:
     """Whether two values come from different data, as far as both say. The public code does not."""
-    known = {key: count for key, count in other if count is not None}
-    return any(count is not None and count != known.get(key, count) for key, count in one)
+    mine, known = ({key: fact for key, fact in facts if fact is not None} for facts in (one, other))
+    if _DIGEST in mine and _DIGEST in known:
+        # The same set may lie under another path.
+        mine.pop(_PATH, None)
+    return any(fact != known.get(key, fact) for key, fact in mine.items())
 
 
 def _is_mixed(runs: Sequence[Evaluated], key: str) -> bool:
@@ -287,8 +340,9 @@ def _common_mean(runs: Sequence[Evaluated]) -> list[Measure]:
     name = f"mean of the {len(common)} tasks that all have"
     for run in evaluated:
         run.values[name] = math.fsum(run.values[key] for key in common) / len(common)
-        run.data[name] = [count for key in common for count in run.data[key]]
-        run.notes[name] = run.notes[common[0]]
+        run.data[name] = [fact for key in common for fact in run.data[key]]
+        after = run.notes[common[0]].split(", ")[0]  # of one file, thus of one checkpoint
+        run.notes[name] = _note(after, sorted({run.notes[key].removeprefix(f"{after}, ") for key in common}))
     return [Measure(name, name)]
 
 
@@ -310,20 +364,31 @@ def _notes(rows: Sequence[Row], columns: Sequence[Measure], mixed: set[str]) -> 
         for column in columns
         if column.key in mixed
     ]
+    notes += [
+        f"{MIXED_ROW} {row.label}: {column.name} is a mean over results of {'; '.join(sorted(ways))}, so none is best"
+        for row in rows
+        for column in columns
+        if len(ways := {run.notes[column.key] for run in row.having(column)}) > 1
+    ]
+    return [*notes, *_how_evaluated(rows, columns)]
+
+
+def _how_evaluated(rows: Sequence[Row], columns: Sequence[Measure]) -> list[str]:
     ways: dict[str, list[str]] = {}
     for run in (run for row in rows for run in row.runs):
         for way in dict.fromkeys(run.notes[column.key] for column in columns if column.key in run.notes):
             ways.setdefault(way, []).append(run.name)
     if len(ways) == 1:
-        return [*notes, f"all evaluated after {next(iter(ways))}"]
-    return [*notes, *(f"evaluated after {way}: {', '.join(names)}" for way, names in ways.items())]
+        return [f"all evaluated after {next(iter(ways))}"]
+    return [f"evaluated after {way}: {', '.join(names)}" for way, names in ways.items()]
 
 
 def _about_row(row: Row, columns: Sequence[Measure]) -> list[str]:
     notes = []
-    for name, missing in {name: keys for run in row.runs for name, keys in run.missing.items()}.items():
-        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
-        notes.append(f"{row.label}: {name} is incomplete, without {shown}")
+    for run in row.runs:
+        for name, missing in run.missing.items():
+            shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+            notes.append(f"{run.name}: {name} is incomplete, without {shown}")
     for column in columns:
         number = len(row.having(column))
         if 0 < number < len(row.runs):

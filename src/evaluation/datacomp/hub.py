@@ -4,7 +4,8 @@ djghosh/wds_NAME_test: shards with their text files, into DATA_DIR/wds_NAME_test
 main branch or, where that has only a script, from the hub's own conversion (refs/convert/parquet), into DATA_DIR/NAME.
 
 A file gets its name in DATA_DIR only when its size and checksum are those of the hub: SHA-256 for large files, git's blob
-hash for the others. The hub's client goes on with a transfer that breaks; of a start that is killed, whole files stay.
+hash for the others. The hub's client goes on with a transfer that breaks; of a start that is killed, whole files stay and the
+others begin anew.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
@@ -27,12 +29,21 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
 from evaluation.datacomp.errors import MissingData
-from evaluation.datacomp.locate import HUB_USER, TEXT_FILES, find_data
+from evaluation.datacomp.locate import (
+    HUB_USER,
+    TEXT_FILES,
+    find_data,
+    is_sharded,
+    is_test_file,
+    table_files,
+    whole_split,
+)
 from evaluation.datacomp.tasks import Kind, Task
 from evaluation.errors import UserError
 
@@ -46,6 +57,10 @@ FIRST_PAUSE = 1.0  # seconds before the second try; doubled with each
 
 class FetchError(Exception):
     """A set that cannot be fetched; the message says why, in one line."""
+
+
+class Unreachable(FetchError):
+    """The hub does not answer, or may not be asked: what holds for one set holds for all."""
 
 
 @dataclass(frozen=True)
@@ -108,15 +123,46 @@ def elsewhere(task: Task, data_dir: Path) -> Path | None:
     return None if found.is_relative_to(data_dir / task.folder) else found
 
 
+def own_copy(remote: RemoteSet, data_dir: Path) -> Path | None:
+    """Where a table's own folder holds the test split in other files than the hub's: no second copy may come beside it.
+
+    Raises:
+        FetchError: such a split is incomplete, or there are several.
+    """
+    task = remote.task
+    if not is_table(task):
+        return None
+    try:
+        found = find_data(task, data_dir)
+        if is_sharded(found):
+            return found
+        files = table_files(task, data_dir)
+    except MissingData:
+        return None
+    except UserError as error:
+        raise FetchError(str(error)) from None
+    listed = {data_dir / task.folder / file.path for file in remote.files}
+    if listed.issuperset(files):
+        return None
+    if not whole_split(files):
+        raise FetchError(f"{found} holds a part of another copy of the test split: remove it")
+    return found
+
+
 class Hub:
     """A hub's data sets.
 
     Args:
         endpoint: its address; None for HF_ENDPOINT or the public one. HF_TOKEN is used where it is set.
+
+    Raises:
+        UserError: that is no address.
     """
 
     def __init__(self, endpoint: str | None = None) -> None:
         self.api = HfApi(endpoint=endpoint)
+        if not _is_address(self.api.endpoint):
+            raise UserError(f"--endpoint (or HF_ENDPOINT) {self.api.endpoint} is no address: give https://HOST.")
 
     def url(self, task: Task) -> str:
         """The page of a task's data set."""
@@ -189,6 +235,14 @@ class Hub:
         return RemoteSet(task, repo, commit, files)
 
 
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
 def _is_inside(path: str) -> bool:
     """A repository is other people's: a name that leads out of the set's folder is not followed."""
     return not path.startswith("/") and ".." not in path.split("/")
@@ -199,13 +253,18 @@ def _persistently(call: Callable[[], T]) -> T:
 
     Raises:
         FetchError: it does not pass.
+        Unreachable: there has been no answer at all.
     """
     pause = FIRST_PAUSE
     for attempt in range(1, TRIES + 1):
         try:
             return call()
         except Exception as error:  # the client's transport has errors of its own, which change between its versions
+            if isinstance(error, OfflineModeIsEnabled):
+                raise Unreachable("HF_HUB_OFFLINE is set: unset it to fetch") from None
             final = _why_final(error)
+            if not final and attempt == TRIES and not isinstance(error, HfHubHTTPError):
+                raise Unreachable(_reason(error)) from None
             if final or attempt == TRIES:
                 raise FetchError(final or _reason(error)) from None
         time.sleep(pause)
@@ -259,11 +318,9 @@ def _table_files(found: RemoteSet) -> list[RemoteFile]:
     """
     folders: dict[str, list[RemoteFile]] = {}
     for file in found.files:
-        folder, _, name = file.path.rpartition("/")
-        # CONFIGURATION/test/0000.parquet, where a configuration may be called test too; or data/test-00000-of-00001.parquet
-        in_test = folder.lower().rpartition("/")[2] == "test" or re.match(r"(.*-)?test[-.]", name.lower())
-        if name.lower().endswith(".parquet") and in_test:
-            folders.setdefault(folder, []).append(file)
+        path = PurePosixPath(file.path)
+        if path.suffix.lower() == ".parquet" and is_test_file(path):
+            folders.setdefault(str(path.parent), []).append(file)
     if len(folders) > 1:
         folders = {folder: files for folder, files in folders.items() if folder.split("/")[0] == "default"} or folders
     if len(folders) > 1:
@@ -307,6 +364,10 @@ def fetch_set(hub: Hub, checked: Checked, data_dir: Path, pool: ThreadPoolExecut
     try:
         running = [pool.submit(hub.fetch, remote, file, folder, staging) for file in checked.wanted]
         errors = [error for error in (future.exception() for future in running) if error is not None]
+    except BaseException:
+        # Ctrl-C: what has not begun must not, or it would find the folder of unfinished files gone.
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     if errors:

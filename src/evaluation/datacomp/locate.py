@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePath
 
 from evaluation.datacomp.errors import MissingData
 from evaluation.datacomp.tasks import Kind, Task
@@ -14,8 +14,10 @@ from evaluation.errors import UserError
 HUB_USER = "nlphuji"
 TEXT_FILES = ("classnames.txt", "zeroshot_classification_templates.txt")
 
-# Names of the files of a test split: test-00000-of-00002.parquet, 0000.parquet in a folder `test`, NAME-test.arrow.
-_TEST_FILE = re.compile(r"(.*-)?test(-\d+-of-\d+)?\.(parquet|arrow)")
+# Names of the files of a test split: test-00000-of-00002.parquet (or -of-00002-<digest>), NAME-test.arrow. In a folder `test`
+# any parquet file will do, 0000.parquet, but for one that names another split.
+_TEST_FILE = re.compile(r"(.*-)?test(-\d+-of-(?P<files>\d+)(-[0-9a-f]+)?)?\.(parquet|arrow)")
+_OTHER_SPLIT = re.compile(r"(.*-)?(train|training|validation|valid|val|dev|unlabeled|unsupervised)[-.].*")
 
 
 def find_data(task: Task, data_dir: str | Path) -> Path:
@@ -96,7 +98,7 @@ def _test_split(folder: Path) -> list[Path]:
     Raises:
         UserError: for parquet files of the split in more than one folder: which of them counts, nobody can tell.
     """
-    found = [path for path in folder.rglob("*") if _is_test_file(path, folder) and path.is_file()]
+    found = [path for path in folder.rglob("*") if is_test_file(path.relative_to(folder)) and path.is_file()]
     groups: dict[Path, list[Path]] = {}
     for path in found:
         groups.setdefault(path.parent, []).append(path)
@@ -110,14 +112,26 @@ def _test_split(folder: Path) -> list[Path]:
     return sorted(groups[newest])
 
 
-def _is_test_file(path: Path, folder: Path) -> bool:
-    """Whether a file belongs to the test split, by its name or its folder's. Unfinished copies do not count."""
-    if path.suffix not in (".parquet", ".arrow") or any(part.endswith(".incomplete") for part in path.parts):
+def is_test_file(path: PurePath) -> bool:
+    """Whether a file of a table belongs to the test split, by its name or its folder's; unfinished copies do not.
+
+    Args:
+        path: relative to the folder of the set.
+    """
+    name, kind = path.name.lower(), path.suffix.lower()
+    if kind not in (".parquet", ".arrow") or any(part.endswith(".incomplete") for part in path.parts):
         return False
-    if _TEST_FILE.fullmatch(path.name.lower()):
+    if _TEST_FILE.fullmatch(name):
         return True
-    # Above the split's folder stands that of the configuration, which is called TEST, whatever the split.
-    return path.suffix == ".parquet" and path.parent != folder and path.parent.name.lower() == "test"
+    # The configuration, whose folder holds those of the splits or their files, may be called TEST as well.
+    return kind == ".parquet" and path.parent.name.lower() == "test" and not _OTHER_SPLIT.fullmatch(name)
+
+
+def whole_split(files: Sequence[Path]) -> bool:
+    """Whether the files of a split are as many as their names say, test-00000-of-00002.parquet; other names say nothing."""
+    matches = [_TEST_FILE.fullmatch(file.name.lower()) for file in files]
+    numbers = {int(match["files"]) for match in matches if match is not None and match["files"]}
+    return not numbers or numbers == {len(files)}
 
 
 def _check_shards(task: Task, folder: Path, text_files: tuple[str, ...]) -> None:

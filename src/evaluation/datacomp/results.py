@@ -9,10 +9,12 @@ which that code's aggregation asks for.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,21 +24,24 @@ from evaluation.whole_files import write_whole
 
 Line = dict[str, Any]
 
+RESULTS = "eval_results.jsonl"
+LATEST = "latest"  # for epoch_latest.pt, where it does not say which epoch it is of
+
 
 def results_path(folder: Path, checkpoint: Checkpoint) -> Path:
     """Where the results of a checkpoint of the run folder belong: the name that the public code gives them."""
-    return folder / "eval_results" / f"{_prefix(checkpoint)}eval_results.jsonl"
+    return folder / "eval_results" / f"{_prefix(checkpoint)}_{RESULTS}"
 
 
 def summary_path(folder: Path, checkpoint: Checkpoint) -> Path:
     """Where the aggregates of a checkpoint belong."""
-    return folder / "eval_results" / f"{_prefix(checkpoint)}summary.json"
+    return folder / "eval_results" / f"{_prefix(checkpoint)}_summary.json"
 
 
 def _prefix(checkpoint: Checkpoint) -> str:
     if checkpoint.epoch is not None:
-        return f"epoch_{checkpoint.epoch}_"
-    return f"iter_{checkpoint.iteration}_" if checkpoint.iteration is not None else ""
+        return f"epoch_{checkpoint.epoch}"
+    return f"iter_{checkpoint.iteration}" if checkpoint.iteration is not None else LATEST
 
 
 @dataclass(frozen=True)
@@ -54,9 +59,12 @@ class Identity:
     precision: str | None = None
 
     def owns(self, line: Line) -> bool:
-        """Whether a line of the file is a result of this checkpoint, model and precision."""
-        same = line.get("checkpoint_sha256") == self.sha256 and line.get("model") == _as_json(self.model)
-        return same and self.precision in (None, line.get("precision"))
+        """Whether a line of the file is a result of this checkpoint and model, in whatever precision."""
+        return line.get("checkpoint_sha256") == self.sha256 and line.get("model") == _as_json(self.model)
+
+    def finishes(self, line: Line) -> bool:
+        """Whether it is one, in the precision that is asked for."""
+        return self.owns(line) and self.precision in (None, line.get("precision"))
 
 
 def _as_json(value: Any) -> Any:
@@ -68,7 +76,7 @@ class Opened:
     """What was found in a results file.
 
     Attributes:
-        lines: key → the result, of the checkpoint in question.
+        lines: key → the result, of the checkpoint in question and in the precision asked for.
         told: what was set aside and why, a sentence each.
     """
 
@@ -77,11 +85,14 @@ class Opened:
 
 
 class ResultsFile:
-    """Reads and appends to a results file. Only one process may use it.
+    """Reads and appends to a results file, which several processes may do, each with its own tasks.
 
     Args:
         path: the file, which need not exist.
         identity: what its results must belong to.
+
+    Attributes:
+        lines: key → the result, of this checkpoint, in whatever precision: what the file holds.
     """
 
     def __init__(self, path: Path, identity: Identity) -> None:
@@ -89,9 +100,10 @@ class ResultsFile:
         self.lines: dict[str, Line] = {}
 
     def open(self) -> Opened:
-        """Read the results; whatever belongs to something else is moved into a file beside this one.
+        """Read the results; whatever belongs to another checkpoint or model is moved into a file beside this one.
 
         Lines of the public code have no digest: nobody can tell which checkpoint they are of, so they are set aside as well.
+        Lines in another precision stay until the task has a result in the one that is asked for.
         A line that was cut off by a kill is dropped.
 
         Raises:
@@ -99,12 +111,51 @@ class ResultsFile:
         """
         if not self.path.is_file():
             return Opened()
-        text = self.path.read_text(encoding="utf-8", errors="replace")
+        with _locked(self.path):
+            told = self._read()
+        return Opened({key: line for key, line in self.lines.items() if self.identity.finishes(line)}, told)
+
+    def record(self, line: Line) -> list[str]:
+        """Add the result of a task, on the disk when this returns; it replaces an earlier result of the same task.
+
+        Returns:
+            What was set aside and why: the earlier result, if it is in another precision.
+
+        Raises:
+            OSError: it cannot be written.
+            ValueError: for a number that is not finite.
+        """
+        text = _text([line])
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(self.path):
+            told = self._read()  # another process may have added to it
+            before = self.lines.pop(line["key"], None)
+            if before is not None and before.get("precision") != line.get("precision"):
+                told.append(self._set_aside(str(before.get("precision")), [_text([before]).strip()]))
+            if before is None:
+                self._append(text.encode())
+            else:
+                write_whole(self.path, _text([*self.lines.values(), line]))
+            self.lines[line["key"]] = line
+        return told
+
+    def _append(self, data: bytes) -> None:
+        # One write of the whole line, so that a kill in between leaves the file as it was.
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            if os.write(descriptor, data) != len(data):
+                raise OSError(f"{self.path}: the disk is full")
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _read(self) -> list[str]:
+        """Read the file into `lines` and clean it; returns what there is to be told."""
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
         kept: dict[str, Line] = {}
         others: dict[str, list[str]] = {}
         told = []
-        rows = text.split("\n")
-        for number, row in enumerate(rows, 1):
+        for number, row in enumerate(text.split("\n"), 1):
             line = parse_line(row)
             if line is None:
                 if row.strip():
@@ -115,33 +166,10 @@ class ResultsFile:
                 others.setdefault(self._owner(line), []).append(row)
         for owner, foreign in others.items():
             told.append(self._set_aside(owner, foreign))
-        if others or text != _text(kept.values()):
+        if text != _text(kept.values()):
             write_whole(self.path, _text(kept.values()))
         self.lines = kept
-        return Opened(dict(kept), told)
-
-    def record(self, line: Line) -> None:
-        """Add the result of a task, on the disk when this returns; it replaces an earlier result of the same task.
-
-        Raises:
-            OSError: it cannot be written.
-            ValueError: for a number that is not finite.
-        """
-        text = _text([line])
-        if line["key"] in self.lines:
-            write_whole(self.path, _text([*(old for old in self.lines.values() if old["key"] != line["key"]), line]))
-        else:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            # One write of the whole line, so that a kill in between leaves the file as it was.
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
-                data = text.encode()
-                if os.write(descriptor, data) != len(data):
-                    raise OSError(f"{self.path}: the disk is full")
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        self.lines[line["key"]] = line
+        return told
 
     def _owner(self, line: Line) -> str:
         digest = line.get("checkpoint_sha256")
@@ -149,7 +177,7 @@ class ResultsFile:
             return "unknown-checkpoint"
         if digest != self.identity.sha256:
             return f"checkpoint-{digest[:12]}"
-        return "other-model" if line.get("model") != _as_json(self.identity.model) else f"{line.get('precision')}"
+        return "other-model"
 
     def _set_aside(self, owner: str, rows: list[str]) -> str:
         reasons = {
@@ -163,6 +191,16 @@ class ResultsFile:
         before = backup.read_text(encoding="utf-8") if backup.is_file() else ""
         write_whole(backup, before + "".join(f"{row}\n" for row in rows))
         return f"{len(rows)} results in {self.path} {reason}: not used, moved to {backup.name}"
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other processes from a results file, by a lock on a file beside it; where there are no locks, go on without."""
+    with open(path.with_name(f".{path.name}.lock"), "a") as file:
+        # Some network file systems have no locks.
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield  # closing the file ends the lock
 
 
 def parse_line(row: str) -> Line | None:

@@ -206,9 +206,12 @@ class Suite:
 
     def _record(self, line: dict[str, Any]) -> None:
         with _naming_file(self.file.path):
-            self.file.record(line)
+            for sentence in self.file.record(line):
+                print(f"note: {sentence}")
 
     def _write_summary(self) -> None:
+        with _naming_file(self.file.path):
+            self.file.open()  # another process may have added to it
         lines = list(self.file.lines.values())
         path = summary_path(self.run.path, self.checkpoint)
         facts = {

@@ -42,8 +42,8 @@ def _vocabulary() -> dict[str, set[str]]:
         for word in filter(None, (prefix, last, key, task.name)):
             known.setdefault(_plain(word), set()).add(key)
     for name, keys in GROUPS.items():
-        if name != "ImageNet":
-            known.setdefault(_plain(_slug(name)), set()).update(keys)
+        for word in {_plain(_slug(name)), _plain(name)}:
+            known.setdefault(word, set()).update(keys)
     known["imagenet"], known["all"] = {"imagenet1k"}, set(TASKS)
     return known
 

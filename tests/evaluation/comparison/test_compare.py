@@ -28,12 +28,15 @@ def write_datacomp(folder: Path, scores: dict[str, float], epoch: int = 3, **mor
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def write_held_out(folder: Path, recall: float, pairs: int = 500, epoch: int = 3) -> None:
+def write_held_out(
+    folder: Path, recall: float, pairs: int = 500, epoch: int | None = 3, iteration: int | None = None, **more: Any
+) -> None:
     metrics = {"retrieval/image_to_text_R@1": recall, "retrieval/image_to_text_mean_rank": 100 * (1 - recall)}
     content = {
         "metrics": metrics,
         "counts": {"pairs": pairs, "distinct_captions": pairs},
-        "checkpoint": {"epoch": epoch},
+        "checkpoint": {"epoch": epoch, "iteration": iteration},
+        **more,
     }
     (folder / "evaluation.json").write_text(json.dumps(content))
 
@@ -170,6 +173,9 @@ def test_grouping_by_objective_tells_what_else_differs(
         "seed12": "seed12",
         "vits14": "vits14",
         "run.seed=2": "run",
+        "run_s=2": "run",
+        "ViT-S-16-seed1": "ViT-S-16",
+        "ViT-S-32-seed1": "ViT-S-32",
     }
     assert {name: name_without_seed(name) for name in names} == names
 
@@ -188,10 +194,88 @@ def test_epochs_and_results_of_the_public_code(add: Add, tmp_path: Path, capsys:
     assert "epoch 10, of the public code" in capsys.readouterr().out
 
 
+def test_equally_large_sets_are_told_apart_by_digest_or_else_by_path(
+    add: Add, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = add("a-seed0", 0), add("a-seed1", 1)
+    one, other = "1" * 64, "2" * 64
+    for first, second, status in (
+        ({"pairs": "x.tar", "pairs_sha256": one}, {"pairs": "x.tar", "pairs_sha256": other}, 2),
+        ({"pairs": "x.tar", "pairs_sha256": one}, {"pairs": "/there/x.tar", "pairs_sha256": one}, 0),
+        ({"pairs": "x.tar"}, {"pairs": "y.tar", "pairs_sha256": one}, 2),
+        ({"pairs": "x.tar"}, {"pairs": "./x.tar"}, 0),
+        ({"pairs": "x.tar"}, None, 0),
+    ):
+        write_held_out(a, 0.4, data=first)
+        write_held_out(b, 0.6, data=second)
+        assert main([str(a), str(b)]) == status, (first, second)
+        assert ("comes from different data" in capsys.readouterr().err) == (status == 2)
+
+
+def test_a_mean_over_epochs_or_precisions_is_marked_and_never_best(
+    add: Add, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in (0, 1):
+        write_held_out(add(f"a-seed{seed}", seed), 0.5, epoch=seed + 1)
+        folder = add(f"b-seed{seed}", seed, lr=2)
+        write_held_out(folder, 0.4, epoch=2)
+    assert main([f"{tmp_path}/logs/*", "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "† a: image → text R@1 is a mean over results of epoch 1, fp32; epoch 2, fp32" in out
+    assert "† b" not in out
+    page = (tmp_path / "out" / "comparison.md").read_text()
+    assert "| a † |" in page
+    assert "**" not in page
+
+
+def test_iterations_and_a_latest_checkpoint_of_unknown_epoch(
+    add: Add, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = add("a")
+    for name, score in (("epoch_3", 0.3), ("iter_500", 0.5)):
+        write_datacomp(folder, {"imagenet1k": score})
+        path = folder / "eval_results" / "epoch_3_eval_results.jsonl"
+        path.rename(path.with_name(f"{name}_eval_results.jsonl"))
+    write_held_out(folder, 0.5, epoch=None, iteration=500)
+    assert main([str(folder), "--iter", "500", "--out", str(tmp_path / "out")]) == 0
+    assert float(table(tmp_path)["a"]["ImageNet"]) == 0.5
+    assert "all evaluated after iteration 500, fp32" in capsys.readouterr().out
+    assert main([str(folder), "--iter", "7"]) == 2
+    assert "has no evaluation of iteration 7" in capsys.readouterr().err
+    assert main([str(folder), "--iter", "7", "--epoch", "3"]) == 2
+    (folder / "eval_results" / "iter_500_eval_results.jsonl").rename(
+        folder / "eval_results" / "latest_eval_results.jsonl"
+    )
+    (folder / "evaluation.json").unlink()
+    capsys.readouterr()
+    assert main([str(folder)]) == 0
+    assert "all evaluated after latest, fp32" in capsys.readouterr().out
+
+
+def test_missing_tasks_and_precisions_are_those_of_each_run(
+    add: Add, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = dict.fromkeys(TASKS, 0.5)
+    for seed, missing in enumerate(("mnist", "cars")):
+        folder = add(f"a-seed{seed}", seed)
+        write_datacomp(folder, {key: value for key, value in whole.items() if key != missing})
+        path = folder / "eval_results" / "epoch_3_eval_results.jsonl"
+        rows = path.read_text().splitlines()
+        path.write_text("\n".join([*rows[:-1], rows[-1].replace("fp32", "bf16")]) + "\n")
+    assert main([f"{tmp_path}/logs/*"]) == 0
+    out = capsys.readouterr().out
+    assert "a-seed0: DataComp Average is incomplete, without mnist" in out
+    assert "a-seed1: DataComp Average is incomplete, without cars" in out
+    assert "evaluated after epoch 3, bf16 and fp32: a-seed0, a-seed1" in out
+
+
 def test_mistakes_are_one_line(add: Add, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty, broken, mixed, good = add("empty"), add("broken"), add("mixed"), add("good")
     (broken / "evaluation.json").write_text("{}")
     write_held_out(good, 0.5)
+    nothing, latin = add("nothing"), add("latin")
+    (nothing / "evaluation.json").write_text('{"metrics": {}, "counts": null, "checkpoint": {"epoch": 1}}')
+    (latin / "params.txt").write_bytes(b"name: \xe9\n")
     write_datacomp(mixed, {"mnist": 0.5})
     path = mixed / "eval_results" / "epoch_3_eval_results.jsonl"
     path.write_text(path.read_text() + path.read_text().replace("aaa", "bbb").replace("mnist", "cars"))
@@ -200,6 +284,8 @@ def test_mistakes_are_one_line(add: Add, tmp_path: Path, capsys: pytest.CaptureF
         ([str(empty)], "empty has no evaluation;"),
         ([str(good), "--epoch", "7"], "good has no evaluation of epoch 7"),
         ([str(broken)], "evaluation.json cannot be understood"),
+        ([str(nothing)], "evaluation.json cannot be understood"),
+        ([str(latin)], "params.txt cannot be read"),
         ([str(mixed)], "results of several checkpoints"),
         ([f"{tmp_path}/none*"], "names no run folder"),
         ([str(good), "--metrics", "nothing"], "--metrics nothing: unknown"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ class Content:
         cut: paths whose transfer breaks off in the middle, the first time.
         corrupt: path → how many times other bytes arrive than the hub lists.
         busy: how many requests are answered with 503.
+        stalled: while it is set, no file is sent.
         fetched: how often a file was asked for (GET).
         ranges: the Range headers that came.
     """
@@ -33,6 +35,7 @@ class Content:
     cut: set[str] = field(default_factory=set)
     corrupt: Counter[str] = field(default_factory=Counter)
     busy: int = 0
+    stalled: threading.Event = field(default_factory=threading.Event)
     fetched: Counter[str] = field(default_factory=Counter)
     ranges: list[str] = field(default_factory=list)
 
@@ -106,6 +109,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return self.answer(200, data, headers)
         content.fetched[path] += 1
+        while content.stalled.is_set():
+            time.sleep(0.02)
         if content.corrupt[path] > 0:
             content.corrupt[path] -= 1
             data = bytes(byte ^ 1 for byte in data)

@@ -82,6 +82,10 @@ def test_selection() -> None:
         "misc/winogavil": {"misc/winogavil"},
     }.items():
         assert {task.key for task in selected_tasks(words)} == keys, words
+    for name, group in GROUPS.items():
+        # The faces have no main metric; as a group of tasks they belong to fairness.
+        wanted = {key for key in TASKS if key.startswith("fairness/")} if name == "Fairness" else set(group)
+        assert {task.key for task in selected_tasks(name)} == wanted, name
     for words in ("imagenet2", ",", ""):
         with pytest.raises(UserError, match="--tasks"):
             selected_tasks(words)

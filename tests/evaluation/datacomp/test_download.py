@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 from evaluation.datacomp import hub
 from evaluation.datacomp.locate import find_data
@@ -18,6 +24,7 @@ from evaluation.download import main
 from .hub_server import Content, serving
 
 DTD, FLICKR = TASKS["vtab/dtd"], TASKS["retrieval/flickr_1k_test_image_text_retrieval"]
+SOURCE = Path(__file__).resolve().parents[3] / "src"
 WINO = TASKS["misc/winogavil"]
 
 
@@ -171,6 +178,61 @@ def test_what_lies_in_another_layout_is_left_alone(content: Content, endpoint: s
     assert not content.fetched
 
 
+def test_a_split_in_other_files_than_the_hubs_gets_no_second_copy(
+    content: Content, endpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "winogavil"
+    for name in ("test-00000-of-00001.parquet", "data/test.parquet", "TEST/test/test-00000-of-00001-abc123.parquet"):
+        table = folder / name
+        table.parent.mkdir(parents=True, exist_ok=True)
+        table.write_bytes(b"x")
+        assert fetch(tmp_path, endpoint, "winogavil") == 0
+        assert names(folder) == {name}
+        assert find_data(WINO, tmp_path) == table.parent
+        table.unlink()
+        assert "left as it is" in capsys.readouterr().out
+    # Half of a copy is no copy, and what comes beside it would be read with it.
+    table = folder / "TEST" / "test" / "test-00000-of-00002.parquet"
+    table.write_bytes(b"x")
+    assert fetch(tmp_path, endpoint, "winogavil") == 1
+    assert "a part of another copy of the test split: remove it" in capsys.readouterr().out
+    assert not content.fetched
+
+
+def test_control_c_ends_it_at_once_and_removes_what_is_unfinished(
+    content: Content, endpoint: str, tmp_path: Path
+) -> None:
+    content.stalled.set()
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from evaluation.download import main; sys.exit(main())"
+    )
+    flags = [str(tmp_path), "--tasks", "dtd,mnist", "--endpoint", endpoint, "--workers", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *flags],
+        env={**os.environ, "PYTHONPATH": str(SOURCE)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        end = time.monotonic() + 60
+        while not content.fetched:
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=10)
+    finally:
+        content.stalled.clear()
+        process.kill()
+    assert process.returncode == 130
+    assert "stopped; start it again" in errors
+    assert "Traceback" not in errors
+    assert set(content.fetched) == {"test/0.tar"}
+    assert not list((tmp_path / ".download").glob("*"))
+
+
 def test_room_and_flags_are_checked_first(
     content: Content,
     endpoint: str,
@@ -188,13 +250,35 @@ def test_room_and_flags_are_checked_first(
         ([str(tmp_path), "--tasks", "nothing"], "--tasks nothing"),
         ([str(tmp_path), "--workers", "0"], "--workers 0"),
         ([str(tmp_path / "file" / "data")], "cannot be made"),
+        ([str(tmp_path), "--endpoint", "localhost:80"], "localhost:80 is no address: give https://HOST"),
+        ([str(tmp_path), "--endpoint", "http://"], "is no address"),
+        ([str(tmp_path), "--endpoint", "http://x:port"], "is no address"),
     ):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
 
 
-def test_a_hub_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_does_not_answer_is_asked_for_one_set_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
     monkeypatch.setattr(hub, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(hub.time, "sleep", pauses.append)
     with serving(Content()) as address:
         pass
-    assert fetch(tmp_path, address, "dtd") == 1
+    assert fetch(tmp_path, address, "dtd,mnist,cars") == 1
+    out = capsys.readouterr().out
+    assert all(f"still missing: {key}: " in out for key in ("vtab/dtd", "mnist", "cars"))
+    assert len(pauses) == hub.TRIES - 1
+
+
+def test_a_hub_that_may_not_be_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise OfflineModeIsEnabled("offline")
+
+    monkeypatch.setattr(hub.HfApi, "dataset_info", offline)
+    monkeypatch.setattr(hub.time, "sleep", lambda _: pytest.fail("tried again"))
+    assert fetch(tmp_path, "http://127.0.0.1:9", "dtd") == 1
+    assert "HF_HUB_OFFLINE is set: unset it to fetch" in capsys.readouterr().out

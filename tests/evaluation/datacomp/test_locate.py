@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 
 from evaluation.datacomp.errors import MissingData
-from evaluation.datacomp.locate import find_data, is_sharded, table_files
+from evaluation.datacomp.locate import find_data, is_sharded, is_test_file, table_files
 from evaluation.datacomp.tasks import TASKS, Kind
 from evaluation.errors import UserError
 
@@ -94,6 +94,26 @@ def test_only_the_test_split_counts(tmp_path: Path) -> None:
     touch(parquet / "TEST" / "train" / "0000.parquet", parquet / "TEST" / "test" / "0000.parquet")
     touch(parquet / "TEST" / "test" / "0001.parquet")
     assert [path.name for path in table_files(WINOGAVIL, tmp_path)] == ["0000.parquet", "0001.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("data/test-00000-of-00002.parquet", True),
+        ("data/test-00000-of-00001-0a1b2c3d.parquet", True),
+        ("TEST/test/0000.parquet", True),
+        ("TEST/flickr-test.parquet", True),
+        ("TEST/train/0000.parquet", False),
+        ("TEST/train-00000-of-00001.parquet", False),
+        ("TEST/flickr-validation.parquet", False),
+        ("test.incomplete/0000.parquet", False),
+        ("data/latest.parquet", False),
+        ("test/0000.arrow", False),
+        ("0000.parquet", False),
+    ],
+)
+def test_which_files_are_of_the_test_split(name: str, counts: bool) -> None:
+    assert is_test_file(PurePosixPath(name)) == counts
 
 
 def test_of_prepared_copies_the_newest_counts(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 import torch
 
 from evaluation.datacomp.aggregate import GROUPS
+from evaluation.datacomp.results import Identity, ResultsFile
 from evaluation.datacomp.tasks import TASKS
 from evaluation.main import main
 
@@ -144,6 +147,69 @@ def test_another_precision_is_measured_again_when_asked_for(make_run: Make, tmp_
     assert evaluate(folder, data, "--precision", "fp32") == 0
     assert [line["precision"] for line in lines_of(folder)] == ["fp32"]
     assert [line["precision"] for line in lines_of(folder, "epoch_1_eval_results.bf16.jsonl")] == ["bf16"]
+
+
+def test_only_what_is_measured_again_in_another_precision_is_set_aside(make_run: Make, tmp_path: Path) -> None:
+    folder, data = make_run("run"), fake_suite.make_data(tmp_path / "data", *THREE)
+    assert evaluate(folder, data, "--precision", "bf16") == 0
+    assert evaluate(folder, data, "--precision", "fp32", "--tasks", "mnist") == 0
+    assert {line["key"]: line["precision"] for line in lines_of(folder)} == {
+        "vtab/dtd": "bf16",
+        "mnist": "fp32",
+        "fairness/utkface": "bf16",
+    }
+    assert [line["key"] for line in lines_of(folder, "epoch_1_eval_results.bf16.jsonl")] == ["mnist"]
+    summary = json.loads((folder / "eval_results" / "epoch_1_summary.json").read_text())
+    assert summary["precision"] == ["bf16", "fp32"]
+    assert evaluate(folder, data, "--precision", "fp32") == 0
+    assert {line["precision"] for line in lines_of(folder)} == {"fp32"}
+
+
+def test_two_processes_with_different_tasks_lose_nothing(tmp_path: Path) -> None:
+    identity = Identity("a" * 64, {"model": "x"}, "fp32")
+    path = tmp_path / "eval_results" / "epoch_1_eval_results.jsonl"
+    one, other = ResultsFile(path, identity), ResultsFile(path, identity)
+    for file in (one, other):
+        file.open()
+    facts = {"checkpoint_sha256": "a" * 64, "model": {"model": "x"}, "precision": "fp32", "dataset": "x"}
+    lines = [{"key": key, "metrics": {"acc1": score}, **facts} for score, key in enumerate(("mnist", "cars", "mnist"))]
+    for file, line in zip((one, other, one), lines):
+        file.record(line)
+    assert [json.loads(row)["key"] for row in path.read_text().splitlines()] == ["cars", "mnist"]
+    assert one.open().lines == {line["key"]: line for line in lines}
+
+
+def test_a_recording_process_waits_for_the_other_and_goes_on_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = ResultsFile(tmp_path / "epoch_1_eval_results.jsonl", Identity("a" * 64, {}))
+    line = {"key": "mnist", "metrics": {}, "checkpoint_sha256": "a" * 64, "model": {}}
+    recording = threading.Thread(target=file.record, args=(line,))
+    with open(tmp_path / ".epoch_1_eval_results.jsonl.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        recording.start()
+        recording.join(0.2)
+        assert recording.is_alive()
+        assert not file.path.exists()
+    recording.join(10)
+    assert file.path.exists()
+
+    def no_locks(*_: Any) -> None:
+        raise OSError("no locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    file.record({**line, "key": "cars"})
+    assert len(file.open().lines) == 2
+
+
+def test_results_of_a_checkpoint_of_unknown_epoch_are_called_latest(make_run: Make, tmp_path: Path) -> None:
+    folder, data = make_run("run", epochs=(1,)), fake_suite.make_data(tmp_path / "data", "mnist")
+    checkpoint = folder / "checkpoints" / "epoch_1.pt"
+    torch.save({"state_dict": torch.load(checkpoint, weights_only=True)["state_dict"]}, checkpoint)
+    checkpoint.rename(checkpoint.with_name("epoch_latest.pt"))
+    assert main(["--train_output_dir", str(folder), "--data_dir", str(data), "--device", "cpu"]) == 0
+    assert lines_of(folder, "latest_eval_results.jsonl")[0]["key"] == "mnist"
+    assert (folder / "eval_results" / "latest_summary.json").is_file()
 
 
 def test_the_newest_checkpoint_and_an_iteration(make_run: Make, tmp_path: Path) -> None:
