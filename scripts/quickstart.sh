@@ -62,3 +62,4 @@ say "evaluation: $LOGS/$name"
 "$PYTHON" src/evaluation/main.py --train_output_dir "$LOGS/$name" \
     --pairs "$DATA/test" --zeroshot "$DATA/zeroshot" --queries "$DATA/queries.json" \
     ${compared[@]+--compare "${compared[@]}"}
+"$PYTHON" src/evaluation/gallery.py --train_output_dir "$LOGS/$name" --pairs "$DATA/test" --queries "$DATA/queries.json"
