@@ -256,7 +256,7 @@ def test_any_number_of_ranks_gives_the_numbers_of_one(
 
 def test_a_crash_on_one_rank_ends_the_work_of_all() -> None:
     first, last = run_on_ranks(crash_on_the_last_rank, 2, timeout=120)
-    assert first == ["UserError: rank 1 failed: ZeroDivisionError: integer division or modulo by zero", "1"]
+    assert first == ["SharedError: rank 1 failed: ZeroDivisionError: integer division or modulo by zero", "1"]
     assert last == ["ZeroDivisionError: integer division or modulo by zero", "1"]
 
 
