@@ -129,19 +129,6 @@ def gather_pairs(share: PairShare, world_size: int = 1) -> PairFeatures:
     return PairFeatures(*(rows[order.to(rows.device)] for rows in gathered))
 
 
-def encode_pairs(
-    model: DualEncoder,
-    loader: Iterable[Batch],
-    device: torch.device | str = "cpu",
-    autocast_context: AutocastContext = nullcontext,
-    *,
-    image_dtype: torch.dtype = torch.float32,
-    world_size: int = 1,
-) -> PairFeatures:
-    """`encode_share` and `gather_pairs` in one; arguments, result and errors are theirs."""
-    return gather_pairs(encode_share(model, loader, device, autocast_context, image_dtype=image_dtype), world_size)
-
-
 def encode_images(
     model: DualEncoder,
     loader: Iterable[Batch],

@@ -29,6 +29,8 @@ class SharedError(UserError):
 
 # One rank may read a large set while the others wait for its features.
 PATIENCE = timedelta(hours=4)
+# Starting up takes no longer: a rank that is not there by then will not come.
+MEETING = timedelta(minutes=5)
 
 
 def environment() -> tuple[int, int, int]:
@@ -54,6 +56,18 @@ _TOLD = "All ranks have been told."
 def known_to_all(error: Exception) -> bool:
     """Whether every rank has learnt of this error from `Place.together`, so that all can go on with something else."""
     return isinstance(error, SharedError) or _TOLD in getattr(error, "__notes__", ())
+
+
+def alone(work: Callable[[], T]) -> T:
+    """What `Place.together` does on one rank.
+
+    Raises:
+        UserError: in one line, also if it comes from a loader process.
+    """
+    try:
+        return work()
+    except UserError as error:
+        raise type(error)(one_line(error)) from None
 
 
 @dataclass(frozen=True)
@@ -85,11 +99,11 @@ class Place:
         Collectives inside `work` are not protected: it must not fail on one rank between two of them.
 
         Raises:
-            SharedError: with the message of the first rank that failed.
+            SharedError: with the message of the first rank that failed; on one rank, the UserError, in one line.
             Exception: on a rank of its own, an error that is no user's mistake; `known_to_all` tells it from others.
         """
         if self.world_size == 1:
-            return work()
+            return alone(work)
         result, message = None, None
         failure: Exception | None = None
         try:
@@ -176,7 +190,9 @@ def _join(rank: int, world_size: int, device: torch.device) -> None:
     # Each kind of tensor has its own backend: the gathers of features stay on the GPUs, Python objects on the hosts.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=PATIENCE)
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=MEETING))
+        store.set_timeout(PATIENCE)  # the first collective goes through it too
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
     except (dist.DistError, ValueError) as error:
         meeting = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = " ".join(str(error).split())[:200]

@@ -27,13 +27,9 @@ from evaluation.features import (
     gather_pairs,
     normalized,
 )
+from evaluation.ranks import alone
 
 Metrics = dict[str, float | None]
-
-
-def at_once(work: Callable[[], Any]) -> Any:
-    """What `Place.together` does on one rank."""
-    return work()
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,7 @@ class Setting:
     image_dtype: torch.dtype = torch.float32
     rank: int = 0
     world_size: int = 1
-    together: Callable[[Callable[[], Any]], Any] = at_once
+    together: Callable[[Callable[[], Any]], Any] = alone
 
     def loader(self, dataset: Share, worker_init_fn: Callable[[int], None] | None = None) -> Iterable[dict[str, Any]]:
         """A loader of this rank's share, in order, without dropping the last batch.

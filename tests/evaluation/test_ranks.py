@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -10,10 +13,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from evaluation import ranks as ranks_of_evaluation
 from evaluation.collectives import all_reduce_sum, gather_rows
+from evaluation.datacomp.errors import MissingData
 from evaluation.errors import UserError
-from evaluation.features import encode_images, encode_pairs
-from evaluation.ranks import Place, known_to_all
+from evaluation.features import encode_images, encode_share, gather_pairs
+from evaluation.ranks import Place, joined, known_to_all
 from evaluation.retrieval import retrieval_metrics
 from evaluation.zero_shot import zero_shot_metrics
 from ranks import run_on_ranks
@@ -51,7 +56,7 @@ def share_batches(samples: dict[str, Tensor], rank: int, world_size: int) -> lis
 def all_metrics(payload: dict[str, Any]) -> dict[str, Any]:
     """Every distributed path once: uneven gather, encoding, retrieval both ways, zero-shot."""
     rank, world_size = place()
-    encoded = encode_pairs(LinearEncoder(), share_batches(payload["pairs"], rank, world_size), world_size=world_size)
+    encoded = gather_pairs(encode_share(LinearEncoder(), share_batches(payload["pairs"], rank, world_size)), world_size)
     where = {"rank": rank, "world_size": world_size, "block": 8}
     mine = slice(rank, None, world_size)
     return {
@@ -166,17 +171,19 @@ def assert_same_numbers(got: dict[str, Any], wanted: dict[str, Any], world_size:
 def test_a_sample_loaded_twice_is_an_error() -> None:
     batch = {"image": torch.ones(2, 5), "text": torch.ones(2, 3, dtype=torch.int64), "index": torch.tensor([4, 4])}
     with pytest.raises(ValueError, match="loaded twice"):
-        encode_pairs(LinearEncoder(), [batch])
+        gather_pairs(encode_share(LinearEncoder(), [batch]))
 
 
 def test_encoding_keeps_the_mode_and_normalises_in_float32() -> None:
     model = LinearEncoder().train()
     batches = share_batches(make_payload(9)["pairs"], 0, 1)
-    encoded = encode_pairs(model, batches[::-1], autocast_context=lambda: torch.autocast("cpu", torch.bfloat16))
+    encoded = gather_pairs(
+        encode_share(model, batches[::-1], autocast_context=lambda: torch.autocast("cpu", torch.bfloat16))
+    )
     assert model.training
     assert encoded.image_features.dtype == torch.float32
     torch.testing.assert_close(encoded.image_features.norm(dim=1), torch.ones(9), rtol=0, atol=1e-6)
-    exact = encode_pairs(model, batches)
+    exact = gather_pairs(encode_share(model, batches))
     # Reversed batches come back in global order; bfloat16 towers differ a little, not at random.
     assert bool((encoded.image_features * exact.image_features).sum(1).min() > 0.999)
     half = encode_images(
@@ -185,4 +192,28 @@ def test_encoding_keeps_the_mode_and_normalises_in_float32() -> None:
     assert half.image_features.dtype == torch.float32
     assert half.labels.tolist() == list(range(9))
     with pytest.raises(ValueError, match="no pair"):
-        encode_pairs(model, [])
+        gather_pairs(encode_share(model, []))
+
+
+def test_ranks_that_do_not_come_are_not_waited_for_as_long_as_ranks_that_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks_of_evaluation, "MEETING", timedelta(seconds=1))
+    began = time.monotonic()
+    with pytest.raises(UserError, match=rf"2 ranks cannot meet at 127\.0\.0\.1:{port}"), joined("cpu"):
+        pass
+    assert time.monotonic() - began < 30
+
+
+def test_on_one_rank_a_mistake_in_a_loader_process_is_one_line_of_its_kind() -> None:
+    def fail() -> None:
+        raise MissingData(
+            "Caught MissingData in DataLoader worker process 0.\nTraceback …\nevaluation.errors.UserError: x"
+        )
+
+    with pytest.raises(MissingData, match=r"\Ax\Z"):
+        Place(0, 1, torch.device("cpu")).together(fail)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from evaluation.collectives import gather_rows
-from evaluation.errors import UserError, one_line
+from evaluation.errors import UserError
 from evaluation.features import DualEncoder, evaluating, normalized
-from evaluation.ranks import Place
 from evaluation.suite import Setting
 from evaluation.zero_shot import Template, build_class_head
 
@@ -77,15 +76,8 @@ class TaskModel:
 
     def together(self, work: Callable[[], T]) -> T:
         """Do something on every rank, so that a failure on one is a failure on all; see `Place.together`."""
-
-        def in_one_line() -> T:
-            try:
-                return work()
-            except UserError as error:
-                raise type(error)(one_line(error)) from None
-
-        setting = self.setting
-        return Place(setting.rank, setting.world_size, torch.device(setting.device)).together(in_one_line)
+        result: T = self.setting.together(work)
+        return result
 
     def _head_rows(self, names: Sequence[str], templates: Sequence[Template]) -> Tensor:
         if not names:

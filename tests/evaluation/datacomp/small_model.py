@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from evaluation.datacomp.measure import TaskModel, measure_task
 from evaluation.datacomp.tasks import TASKS
+from evaluation.ranks import Place
 from evaluation.suite import Setting
 
 WIDTH = 24
@@ -48,7 +49,9 @@ def small_task_model(**setting: Any) -> TaskModel:
     preprocess = image_transform(
         32, is_train=False, mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD
     )
-    return TaskModel(SmallModel().eval(), preprocess, tokenize, Setting(**{"batch_size": 4, **setting}))
+    place = Place(setting.get("rank", 0), setting.get("world_size", 1), torch.device("cpu"))
+    setting = {"batch_size": 4, "together": place.together, **setting}
+    return TaskModel(SmallModel().eval(), preprocess, tokenize, Setting(**setting))
 
 
 def measure_on_this_rank(runs: list[tuple[str, list[str]]]) -> list[dict[str, dict[str, Any] | str]]:
