@@ -186,7 +186,7 @@ def test_what_is_there_is_not_measured_again(
     assert (folder / "normalizer_error.png").stat().st_size > 10_000
     assert (folder / "normalizer_error.pdf").stat().st_size > 5_000
     lines = (folder / "normalizer_error.md").read_text().splitlines()
-    assert [line.split("|")[3].strip() for line in lines[2:4]] == ["1", "2"]
+    assert [line.split("|")[3].strip() for line in lines[2:4]] == ["epoch 1", "epoch 2"]
     assert len(examine(folder, "--epochs", "1", "--seed", "1")) == 3  # other probes: kept apart
 
 
