@@ -58,6 +58,7 @@ class Signals:
         self._last = 0.0
         self._latest: signal.Signals | None = None
         self._pipe: tuple[int, int] | None = None
+        self._heard = threading.Event()
 
     def __enter__(self) -> Signals:
         # Elsewhere than in the main thread Python sets no handlers; a trainer embedded there has its own way to stop.
@@ -67,8 +68,12 @@ class Signals:
             self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
             self._handlers_before = {number: signal.signal(number, _do_nothing) for number in _ASKING}
             threading.Thread(target=self._watch, args=(self._pipe[0],), name="signals", daemon=True).start()
-            # A signal that was blocked until somebody would heed it arrives now.
+            # A signal that was blocked until somebody would heed it arrives now, and comes before whatever else would be
+            # found out: the other thread gets its time.
+            kept = signal.sigpending() & set(_ASKING)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASKING)
+            if kept:
+                self._heard.wait()
         return self
 
     def __exit__(
@@ -89,6 +94,7 @@ class Signals:
                 # Other signals that Python handles, such as SIGCHLD, come through the pipe too.
                 if number in _ASKING:
                     self._arrived(signal.Signals(number))
+                    self._heard.set()
         os.close(source)
 
     def _arrived(self, asked: signal.Signals) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -24,14 +30,36 @@ SECONDS = 240
 def clean_environment() -> dict[str, str]:
     """This process's environment without a launcher's variables, for processes that share few cores."""
     kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
-    return {**kept, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    few = {
+        "PYTHONPATH": str(ROOT / "src"),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONFAULTHANDLER": "1",
+    }
+    return {**kept, **few}
 
 
 def free_port() -> int:
-    """A port that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on, another one at every call, also in the processes that run tests beside this one.
+
+    It lies below those that the system gives to outgoing connections: one of these may take a port between its choice here
+    and its use there.
+    """
+    for port in _PORTS:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no free port is left")
+
+
+def _own_ports() -> Iterator[int]:
+    beside = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 10
+    first = 11000 + 2000 * beside
+    # Two runs of the suite on one machine begin at different places.
+    return itertools.islice(itertools.cycle(range(first, first + 2000)), os.getpid() % 2000, None)
+
+
+_PORTS = _own_ports()
 
 
 def run_python(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -52,31 +80,54 @@ def run_ranks(ranks: int, flags: list[str], spelling: str = "torchrun") -> list[
 
 
 def run_together(commands: list[list[str]], variables: list[dict[str, str]]) -> list[subprocess.CompletedProcess[str]]:
-    """Start all commands, wait for all; a process that outlives its time is killed and the others with it."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *command],
-            env={**clean_environment(), **own},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for command, own in zip(commands, variables)
-    ]
-    try:
-        outputs = [process.communicate(timeout=SECONDS) for process in processes]
-    finally:
-        for process in processes:
-            process.terminate()  # torchrun ends its ranks at this, and leaves them behind when killed
-        for process in processes:
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
+    """Start all commands, wait for all.
+
+    Raises:
+        AssertionError: one has outlived SECONDS; with what all of them said, and where their threads were.
+    """
+    with contextlib.ExitStack() as files:
+        # Files, not pipes: a process whose pipe nobody empties would hold up the others.
+        outputs = [tuple(files.enter_context(tempfile.TemporaryFile()) for _ in range(2)) for _ in commands]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, *command],
+                env={**clean_environment(), **own},
+                stdout=out,
+                stderr=error,
+                start_new_session=True,
+            )
+            for command, own, (out, error) in zip(commands, variables, outputs)
+        ]
+        late = not _all_end(processes)
+        said = [tuple(_content(file) for file in both) for both in outputs]
+    assert not late, "\n".join(f"process {i}: {out}{error}" for i, (out, error) in enumerate(said))
     return [
         subprocess.CompletedProcess(command, process.returncode, *output)
-        for command, process, output in zip(commands, processes, outputs)
+        for command, process, output in zip(commands, processes, said)
     ]
+
+
+def _all_end(processes: list[subprocess.Popen[bytes]]) -> bool:
+    """Whether all end by themselves in time; what is left is ended, with all that it has started."""
+    end = time.monotonic() + SECONDS
+    try:
+        for process in processes:
+            process.wait(timeout=max(0.0, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return False
+    finally:
+        for number in (signal.SIGABRT, signal.SIGKILL):  # at the first, faulthandler tells where the threads are
+            left = [process for process in processes if process.poll() is None]
+            for process in left:
+                os.killpg(process.pid, number)
+            if left:
+                time.sleep(2)
+    return True
+
+
+def _content(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from datetime import timedelta
 from typing import Any
@@ -13,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from end_to_end.runs import free_port
 from evaluation import ranks as ranks_of_evaluation
 from evaluation.collectives import all_reduce_sum, gather_rows
 from evaluation.datacomp.errors import MissingData
@@ -196,9 +196,7 @@ def test_encoding_keeps_the_mode_and_normalises_in_float32() -> None:
 
 
 def test_ranks_that_do_not_come_are_not_waited_for_as_long_as_ranks_that_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -39,7 +39,7 @@ CHECKING = ("training.main:check_train_data", 1)
 FIRST_STEP = ("training.loop:training_step", 1)
 MID_EPOCH = ("training.loop:training_step", 5)
 SAVING = ("training.atomic_files:put_in_place", 2)
-EVALUATING = ("training.evaluate:encode_share", 1)
+EVALUATING = ("training.evaluate:measure_pairs", 1)
 AFTER_LAST_STEP = ("training.main:Saver.after_epoch", 1)
 BEFORE_TRAINING = (MEETING, CHECKING)
 
