@@ -1,0 +1,152 @@
+"""Tables and figures of the study out of the folders of its runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from evaluation.comparison.tables import Cell, Column, Table, markdown, with_best, write_table
+from study.measure import FILE
+from study.runs import BATCH_SIZES, METHODS, SEEDS, Run, Setup, ablation_runs
+from study.tuning import Case
+
+# Of study.json; shares, shown in percent.
+HEADLINES = {
+    "retrieval_set/retrieval/image_to_text_R@1": "styles R@1 i→t",
+    "retrieval_set/retrieval/text_to_image_R@1": "styles R@1 t→i",
+    "retrieval_concept/retrieval/image_to_text_R@1": "names R@1 i→t",
+    "retrieval_concept/retrieval/text_to_image_R@1": "names R@1 t→i",
+    "zeroshot/top1": "zero-shot top-1",
+}
+# Steps at the beginning of a run that no time is taken from.
+_SKIPPED_STEPS = 50
+
+
+class Row(NamedTuple):
+    """A line of a table: what it is called, and its runs that are finished."""
+
+    names: tuple[str, ...]
+    runs: list[Path]
+
+
+def write_report(setup: Setup, rates: Mapping[Case, float], out: Path) -> list[Path]:
+    """Write tables as Markdown, CSV and LaTeX.
+
+    Returns:
+        What was written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    tables = {
+        "comparison": comparison_table(setup, rates),
+        "tuning": tuning_table(setup),
+        "ablations": ablation_table(setup, rates),
+        "cost": cost_table(setup, rates),
+    }
+    written = [path for name, table in tables.items() if table.rows for path in write_table(table, out, name)]
+    for table in tables.values():
+        print(markdown(table))
+    print("wrote " + ", ".join(map(str, written)))
+    return written
+
+
+def comparison_table(setup: Setup, rates: Mapping[Case, float]) -> Table:
+    """Mean and standard deviation over seeds for every method and batch size; the best of each batch size in bold."""
+    columns = [Column("batch", "batch"), Column("method", "method"), Column("lr", "lr")]
+    rows: list[list[Cell]] = []
+    for size in BATCH_SIZES:
+        of_size = [
+            Row((str(size), method, f"{rates[method, size]:g}"), _finished(setup, f"{method}-b{size}"))
+            for method in METHODS
+        ]
+        rows += _with_metrics(of_size)
+    return Table([*columns, *_metric_columns()], rows)
+
+
+def ablation_table(setup: Setup, rates: Mapping[Case, float]) -> Table:
+    """NeuCLIP at the smaller batch with one thing changed, and unchanged in the first row."""
+    prefix = "ablation-"
+    names = dict.fromkeys(_without_seed(run).removeprefix(prefix) for run in ablation_runs(setup, rates))
+    rows = [Row(("as compared",), _finished(setup, f"neuclip-b{BATCH_SIZES[0]}"))]
+    rows += [Row((name,), _finished(setup, prefix + name)) for name in names]
+    return Table([Column("changed", "changed"), *_metric_columns()], _with_metrics([row for row in rows if row.runs]))
+
+
+def tuning_table(setup: Setup) -> Table:
+    """The score of every learning rate that was tried."""
+    entries = json.loads((setup.logs / "rates.json").read_text(encoding="utf-8"))
+    tried = sorted({rate for entry in entries for rate in entry["scores"]}, key=float)
+    columns = [Column("batch", "batch"), Column("method", "method")]
+    columns += [Column(f"lr_{rate}", f"lr {rate}", ".2f", 100.0) for rate in tried]
+    rows = []
+    for entry in entries:
+        scores = entry["scores"]
+        cells = [Cell(scores.get(rate), best=float(rate) == entry["lr"]) for rate in tried]
+        rows.append([Cell(str(entry["batch_size"])), Cell(entry["method"]), *cells])
+    return Table(columns, rows)
+
+
+def cost_table(setup: Setup, rates: Mapping[Case, float]) -> Table:
+    """Time of a step by the runs' own timers, over all seeds."""
+    columns = [
+        *(Column("batch", "batch"), Column("method", "method"), Column("step", "ms per step", ".0f", 1000.0)),
+        *(Column("objective", "objective, ms", ".1f", 1000.0), Column("normalizer", "normalizers, ms", ".1f", 1000.0)),
+        Column("samples", "samples/s", ".0f"),
+    ]
+    rows = []
+    for size in BATCH_SIZES:
+        for method in METHODS:
+            folders = _finished(setup, f"{method}-b{size}")
+            if not folders:
+                continue
+            keys = ("seconds_per_step", "objective_seconds", "normalizer_seconds", "samples_per_second")
+            times = [Cell(_median(folders, key)) for key in keys]
+            rows.append([Cell(str(size)), Cell(method), *times])
+    return Table(columns, rows)
+
+
+def _with_metrics(rows: Sequence[Row]) -> list[list[Cell]]:
+    columns = [with_best([_statistic(row.runs, name) for row in rows], higher=True) for name in HEADLINES]
+    return [
+        [*map(Cell, row.names), Cell(str(len(row.runs))), *cells]
+        for row, cells in zip(rows, zip(*columns), strict=True)
+    ]
+
+
+def _metric_columns() -> list[Column]:
+    return [Column("seeds", "seeds"), *(Column(name, label, ".1f", 100.0) for name, label in HEADLINES.items())]
+
+
+def _statistic(folders: Sequence[Path], name: str) -> Cell:
+    values = [json.loads((folder / FILE).read_text(encoding="utf-8"))["metrics"][name] for folder in folders]
+    if not values:
+        return Cell(None)
+    return Cell(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+
+def _finished(setup: Setup, prefix: str) -> list[Path]:
+    """The runs of this name that have been measured, by seed."""
+    folders = [setup.logs / f"{prefix}-s{seed}" for seed in SEEDS]
+    return [folder for folder in folders if (folder / FILE).exists()]
+
+
+def _median(folders: Sequence[Path], key: str) -> float | None:
+    """Median over the logged steps of all runs: it does not see checkpoints and evaluations."""
+    values = [
+        line[key]
+        for folder in folders
+        for line in _lines(folder / "metrics.jsonl")
+        if line["step"] > _SKIPPED_STEPS and isinstance(line.get(key), float) and math.isfinite(line[key])
+    ]
+    return statistics.median(values) if values else None
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _without_seed(run: Run) -> str:
+    return run.name.rpartition("-s")[0]

@@ -1,0 +1,191 @@
+"""The runs of the study: which flags each method gets, and which runs each stage consists of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+METHODS = ("openclip", "siglip", "fastclip", "amorlip", "neuclip")
+BATCH_SIZES = (128, 512)
+SEEDS = (0, 1, 2)
+# Learning rates are tried from these on; where the best lies at an end, the next one beyond is tried too.
+LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+FURTHEST = (1.25e-4, 1.6e-2)
+
+# One restart of the prototypes per so many samples, whatever the batch: T_r = 500 at a batch of 128.
+_SAMPLES_PER_RESTART = 64_000
+_WARMUP_SAMPLES = 25_600
+
+Flags = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where things are and how long a run is.
+
+    Args:
+        data: what scripts/data/build_study.py has made.
+        logs: where the runs' folders go.
+        epochs: of a run of the comparison; a tuning run has `tuning_epochs`.
+        limit: at most so many training samples per epoch, for a trial of the scripts; None for all.
+    """
+
+    data: Path
+    logs: Path
+    epochs: int
+    tuning_epochs: int
+    limit: int | None = None
+
+    @property
+    def data_size(self) -> int:
+        """The number of training samples; their keys are 0, 1, …"""
+        return sum(json.loads((self.data / "train" / "sizes.json").read_text(encoding="utf-8")).values())
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: flags as for src/training/main.py, without the dashes."""
+
+    name: str
+    flags: Flags = field(hash=False)
+
+    def command(self) -> list[str]:
+        """The words after src/training/main.py."""
+        words = [f"--name={self.name}"]
+        for flag, value in self.flags.items():
+            words.append(f"--{flag}={value}" if value else f"--{flag}")
+        return words
+
+    @property
+    def epochs(self) -> int:
+        """How many there are to be."""
+        return int(self.flags["epochs"])
+
+
+def method_flags(method: str, batch_size: int, lr: float) -> Flags:
+    """What a method is trained with: its authors' values where they do not depend on the size of the data.
+
+    The temperature learns with lr / 8 where a method has a rate of its own for it (as in the tables of arXiv 2511.08417),
+    else with lr.
+    """
+    own_rate = {"lr_tau": f"{lr / 8:g}", "rho": "8"}
+    restart = {"npn_restart_iter": str(max(1, _SAMPLES_PER_RESTART // batch_size))}
+    return {
+        "openclip": {"objective": "openclip"},
+        "siglip": {"objective": "siglip"},
+        # v3; γ falls over the first half of the run, as on CC3M and CC12M
+        "fastclip": {
+            "objective": "fastclip",
+            "temperature_scheme": "global_learnable",
+            "multiply_tau": "",
+            "gamma": "0.2",
+            "gamma_schedule": "cosine_step",
+            **own_rate,
+        },
+        # lr_tau is a quarter of lr in its authors' run on CC12M, and ρ its own list
+        "amorlip": {"objective": "amorlip", "lr_tau": f"{lr / 4:g}", "grad-clip-norm": "1.0"},
+        "neuclip": {"objective": "neuclip", "npn_num_protos": "4096", **restart, **own_rate},
+    }[method]
+
+
+def training_run(
+    setup: Setup, name: str, method: str, batch_size: int, lr: float, seed: int, more: Mapping[str, str] | None = None
+) -> Run:
+    """A run of the comparison or of an ablation, evaluated on held-out drawing styles at every epoch."""
+    flags = {
+        **_common(setup, batch_size, lr, seed, setup.epochs),
+        **method_flags(method, batch_size, lr),
+        "val-data": str(setup.data / "retrieval_set"),
+        "zeroshot-data": str(setup.data / "zeroshot"),
+        "zeroshot-frequency": "1",
+        # The normalizers' error over training is measured on the first seed's.
+        "save-frequency": "1" if seed == SEEDS[0] else str(setup.epochs),
+        **_length_flags(method, setup, setup.epochs),
+        **(more or {}),
+    }
+    return Run(name, flags)
+
+
+def tuning_run(setup: Setup, method: str, batch_size: int, lr: float) -> Run:
+    """A shorter run, evaluated once on pairs that nothing else is measured on."""
+    flags = {
+        **_common(setup, batch_size, lr, SEEDS[0], setup.tuning_epochs),
+        **method_flags(method, batch_size, lr),
+        "val-data": str(setup.data / "retrieval_combo"),
+        "val-frequency": str(setup.tuning_epochs),
+        "save-frequency": str(setup.tuning_epochs),
+        **_length_flags(method, setup, setup.tuning_epochs),
+    }
+    return Run(f"tune-{method}-b{batch_size}-lr{lr:g}", flags)
+
+
+def comparison_runs(setup: Setup, rates: Mapping[tuple[str, int], float]) -> list[Run]:
+    """All methods, batch sizes and seeds; the first seed of everything first."""
+    return [
+        training_run(setup, f"{method}-b{batch_size}-s{seed}", method, batch_size, rates[method, batch_size], seed)
+        for seed in SEEDS
+        for batch_size in BATCH_SIZES
+        for method in METHODS
+    ]
+
+
+def ablation_runs(setup: Setup, rates: Mapping[tuple[str, int], float]) -> list[Run]:
+    """NeuCLIP at the smaller batch with one thing changed; the comparison's own runs are the other end of every table."""
+    batch_size = BATCH_SIZES[0]
+    lr = rates["neuclip", batch_size]
+    return [
+        training_run(setup, f"ablation-{name}-s{seed}", "neuclip", batch_size, lr, seed, flags)
+        for seed in SEEDS
+        for name, flags in _variants()
+    ]
+
+
+def _variants() -> Iterator[tuple[str, Flags]]:
+    for value in ("0", "0.1", "0.2", "0.8"):
+        yield f"gamma{value}", {"gamma": value, **({"gamma_schedule": "constant"} if value == "0" else {})}
+    yield "mlp", {"npn_arch": "mlp"}
+    yield "separate", {"npn_objective": "separate"}
+    yield "simultaneous", {"npn_optimization": "simultaneous"}
+    for value in ("0", "50", "2000"):
+        yield f"Tr{value}", {"npn_restart_iter": value}
+    for value in ("1", "3", "30"):
+        yield f"Tu{value}", {"npn_repetition": value}
+    for value in ("512", "2048"):
+        yield f"m{value}", {"npn_num_protos": value}
+    yield "adagrad", {"npn_optimizer": "adagrad"}
+    yield "adagrad-lr0.001", {"npn_optimizer": "adagrad", "npn_lr": "0.001"}
+
+
+def _common(setup: Setup, batch_size: int, lr: float, seed: int, epochs: int) -> Flags:
+    flags = {
+        "logs": str(setup.logs),
+        "resume": "latest",
+        "model": "study",
+        "model-config": "src/training/model_configs/study.json",
+        "train-data": str(setup.data / "train"),
+        "epochs": str(epochs),
+        "batch-size": str(batch_size),
+        "lr": f"{lr:g}",
+        "wd": "0.1",
+        "beta2": "0.98",
+        "eps": "1e-6",
+        "warmup": str(_WARMUP_SAMPLES // batch_size),
+        "seed": str(seed),
+        "log-every-n-steps": str(max(1, 6400 // batch_size)),
+        "save-every-minutes": "5",
+        "keep-last": str(max(2, epochs)),
+    }
+    if setup.limit is not None:
+        flags["train-num-samples"] = str(setup.limit)
+    return flags
+
+
+def _length_flags(method: str, setup: Setup, epochs: int) -> Flags:
+    """What depends on the length of the run or of the data: half of the run for what falls over half of it as published."""
+    half = str(max(1, epochs // 2))
+    return {
+        "fastclip": {"gamma_decay_epochs": half, "data_size": str(setup.data_size)},
+        "amorlip": {"beta_decay_epochs": half},
+    }.get(method, {})

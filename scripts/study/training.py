@@ -1,0 +1,59 @@
+"""Trains the runs of a stage; what is finished is not done again, what was interrupted goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from study.lanes import Job, StudyError, work_off
+from study.runs import Run
+
+# What a run is known by; a change of the others (workers, where files lie) leaves it the same run.
+_TELLING = ("objective", "epochs", "batch-size", "lr", "seed")
+
+
+def train_all(runs: Sequence[Run], logs: Path, lanes: int) -> None:
+    """Train those runs that are not finished, so many at a time.
+
+    Raises:
+        StudyError: a run's folder holds another run, or runs have failed (the others have been trained all the same).
+    """
+    due = [run for run in runs if not is_finished(run, logs)]
+    print(f"{len(runs)} runs, {len(runs) - len(due)} of them finished before", flush=True)
+    work_off(
+        [Job(run.name, ("src/training/main.py", *run.command()), logs / "output" / f"{run.name}.txt") for run in due],
+        lanes,
+    )
+
+
+def is_finished(run: Run, logs: Path) -> bool:
+    """Whether a run has been trained and evaluated to its last epoch.
+
+    Raises:
+        StudyError: its folder holds another run.
+    """
+    folder = logs / run.name
+    if (folder / "params.txt").exists():
+        _check_same(run, folder)
+    results = folder / "results.jsonl"
+    epochs = [json.loads(line)["epoch"] for line in results.read_text("utf-8").splitlines()] if results.exists() else []
+    return bool(epochs) and epochs[-1] == run.epochs
+
+
+def _check_same(run: Run, folder: Path) -> None:
+    lines = (folder / "params.txt").read_text(encoding="utf-8").splitlines()
+    params = dict(line.split(": ", 1) for line in lines if ": " in line)
+    for flag in _TELLING:
+        asked, had = run.flags[flag], params.get(flag.replace("-", "_"), "nothing")
+        if _comparable(asked) != _comparable(had):
+            raise StudyError(
+                f"{folder} was trained with {flag} {had}, not {asked}: move it away or choose another --logs"
+            )
+
+
+def _comparable(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text

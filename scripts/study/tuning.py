@@ -1,0 +1,53 @@
+"""Learning rates, chosen for each method and batch size in the same way: short runs, scored on pairs of their own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+
+from study.runs import BATCH_SIZES, FURTHEST, LEARNING_RATES, METHODS, Run, Setup, tuning_run
+
+Case = tuple[str, int]
+Scores = dict[Case, dict[float, float]]
+METRICS = ("image_to_text_R@1", "text_to_image_R@1")
+
+
+def tune(setup: Setup, train: Callable[[Sequence[Run]], None]) -> Scores:
+    """Try learning rates until none of the best lies at an end of what was tried, or there is no further one.
+
+    Args:
+        train: trains those of the runs that are not finished.
+
+    Returns:
+        For each method and batch size: learning rate → mean of R@1 both ways on the tuning pairs.
+    """
+    tried: dict[Case, set[float]] = {(method, size): set() for size in BATCH_SIZES for method in METHODS}
+    due = {case: set(LEARNING_RATES) for case in tried}
+    while any(due.values()):
+        train([tuning_run(setup, *case, lr) for case, rates in due.items() for lr in sorted(rates)])
+        for case, rates in due.items():
+            tried[case] |= rates
+        scores = {case: {lr: score(setup, *case, lr) for lr in sorted(rates)} for case, rates in tried.items()}
+        due = {case: _beyond(found) - tried[case] for case, found in scores.items()}
+    return scores
+
+
+def best_rates(scores: Scores) -> dict[Case, float]:
+    """The learning rate with the highest score; the smaller one of equals."""
+    return {case: max(sorted(found), key=found.__getitem__) for case, found in scores.items()}
+
+
+def score(setup: Setup, method: str, batch_size: int, lr: float) -> float:
+    """Mean of R@1 both ways after a finished tuning run; a run whose loss became nonsense scores what it scores."""
+    run = tuning_run(setup, method, batch_size, lr)
+    lines = (setup.logs / run.name / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    last = json.loads(lines[-1])
+    return sum(last[name] for name in METRICS) / len(METRICS)
+
+
+def _beyond(found: dict[float, float]) -> set[float]:
+    rates: Iterable[float] = sorted(found)
+    lowest, *_, highest = rates
+    best = max(rates, key=found.__getitem__)
+    further = {lowest / 2} if best == lowest else {highest * 2} if best == highest else set()
+    return {lr for lr in further if FURTHEST[0] <= lr <= FURTHEST[1]}
