@@ -24,9 +24,10 @@ if any(importlib.util.find_spec(name) is None for name in PACKAGES):
     pytest.skip("needs the packages of requirements-quickstart.txt", allow_module_level=True)
 
 import build_quickstart  # noqa: E402
+from building.names import concept_key  # noqa: E402
 from quickstart import rendering, sources  # noqa: E402
 from quickstart.captions import caption  # noqa: E402
-from quickstart.names import concept_key, is_held_out  # noqa: E402
+from quickstart.names import is_held_out  # noqa: E402
 from quickstart.sources import Drawing  # noqa: E402
 
 SIZE, PER_SHARD = 32, 300
