@@ -12,6 +12,7 @@ fetched once and kept beside the result. The result, 64 x 64 pixels on white:
     test_combo/                     trained names, in families of sets from which they were not trained
     test_set/                       whole sets, that is drawing styles, that were not trained
     retrieval_concept/              test_concept with one picture per name, for retrieval one to one
+    retrieval_combo/                test_combo likewise: for choices such as a learning rate
     retrieval_set/                  test_set likewise
     emoji/SET/                      colour emoji of six makers, none of them trained, one picture per name
     zeroshot/                       pictures of test_set as a classification set in clip_benchmark's layout

@@ -13,11 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from study.errors import StudyError
+
 ROOT = Path(__file__).resolve().parents[2]
-
-
-class StudyError(Exception):
-    """A message for the user: what is wrong, and the remedy."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from pathlib import Path
 if not __package__:
     sys.path[:1] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2] / "src")]
 
-from study.lanes import Job, StudyError, lanes_of_this_machine, work_off
+from study.errors import StudyError
+from study.lanes import Job, lanes_of_this_machine, work_off
 from study.measure import is_measured
 from study.report import write_report
 from study.runs import SEEDS, Run, Setup, ablation_runs, comparison_runs
@@ -41,12 +42,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("data/study"), help="what build_study.py has made")
     parser.add_argument("--logs", type=Path, default=Path("logs/study"), help="where the runs' folders go")
     parser.add_argument("--out", type=Path, default=Path("results/study"), help="where tables and figures go")
+    parser.add_argument("--pairs", type=int, default=100_000, help="training pairs, in whole shards")
     parser.add_argument("--epochs", type=int, default=4, help="of the runs that are compared")
-    parser.add_argument("--tuning-epochs", type=int, default=1, help="of the runs that choose learning rates")
+    parser.add_argument("--tuning-epochs", type=int, default=2, help="of the runs that choose learning rates")
     parser.add_argument("--lanes", type=int, help="trainings side by side (default: one per GPU, else one per core)")
-    parser.add_argument("--limit", type=int, metavar="N", help="samples per epoch, for a trial")
     args = parser.parse_args(argv)
-    for name in ("epochs", "tuning_epochs", "lanes", "limit"):
+    for name in ("pairs", "epochs", "tuning_epochs", "lanes"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise StudyError(f"--{name.replace('_', '-')} {value}: give 1 or more")
@@ -139,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     try:
         args = parse_args(argv)
-        setup = Setup(args.data, args.logs, args.epochs, args.tuning_epochs, args.limit)
+        setup = Setup(args.data, args.logs, args.epochs, args.tuning_epochs, args.pairs)
         lanes = args.lanes or lanes_of_this_machine()
         for part in PARTS if args.part == "all" else (args.part,):
             print(f"==> {part}", flush=True)

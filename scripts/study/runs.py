@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from study.errors import StudyError
+
 METHODS = ("openclip", "siglip", "fastclip", "amorlip", "neuclip")
 BATCH_SIZES = (128, 512)
 SEEDS = (0, 1, 2)
 # Learning rates are tried from these on; where the best lies at an end, the next one beyond is tried too.
-LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+LEARNING_RATES = (1e-3, 2e-3, 4e-3)
 FURTHEST = (1.25e-4, 1.6e-2)
 
 # One restart of the prototypes per so many samples, whatever the batch: T_r = 500 at a batch of 128.
@@ -29,19 +31,34 @@ class Setup:
         data: what scripts/data/build_study.py has made.
         logs: where the runs' folders go.
         epochs: of a run of the comparison; a tuning run has `tuning_epochs`.
-        limit: at most so many training samples per epoch, for a trial of the scripts; None for all.
+        pairs: training pairs, as many whole shards as hold at most so many.
     """
 
     data: Path
     logs: Path
     epochs: int
     tuning_epochs: int
-    limit: int | None = None
+    pairs: int
 
     @property
-    def data_size(self) -> int:
-        """The number of training samples; their keys are 0, 1, …"""
-        return sum(json.loads((self.data / "train" / "sizes.json").read_text(encoding="utf-8")).values())
+    def shards(self) -> tuple[str, int]:
+        """The training shards as --train-data takes them, and the number of their samples, whose keys are 0, 1, …
+
+        Raises:
+            StudyError: the data has no shard as small as that.
+        """
+        sizes = json.loads((self.data / "train" / "sizes.json").read_text(encoding="utf-8"))
+        names, total = [], 0
+        for name in sorted(sizes):
+            if total + sizes[name] > self.pairs:
+                break
+            names.append(name.removesuffix(".tar"))
+            total += sizes[name]
+        if not names:
+            raise StudyError(
+                f"--pairs {self.pairs} is less than the first shard of {self.data / 'train'} holds: give more"
+            )
+        return f"{self.data / 'train'}/{{{names[0]}..{names[-1]}}}.tar", total
 
 
 @dataclass(frozen=True)
@@ -159,12 +176,12 @@ def _variants() -> Iterator[tuple[str, Flags]]:
 
 
 def _common(setup: Setup, batch_size: int, lr: float, seed: int, epochs: int) -> Flags:
-    flags = {
+    return {
         "logs": str(setup.logs),
         "resume": "latest",
         "model": "study",
         "model-config": "src/training/model_configs/study.json",
-        "train-data": str(setup.data / "train"),
+        "train-data": setup.shards[0],
         "epochs": str(epochs),
         "batch-size": str(batch_size),
         "lr": f"{lr:g}",
@@ -177,15 +194,12 @@ def _common(setup: Setup, batch_size: int, lr: float, seed: int, epochs: int) ->
         "save-every-minutes": "5",
         "keep-last": str(max(2, epochs)),
     }
-    if setup.limit is not None:
-        flags["train-num-samples"] = str(setup.limit)
-    return flags
 
 
 def _length_flags(method: str, setup: Setup, epochs: int) -> Flags:
     """What depends on the length of the run or of the data: half of the run for what falls over half of it as published."""
     half = str(max(1, epochs // 2))
     return {
-        "fastclip": {"gamma_decay_epochs": half, "data_size": str(setup.data_size)},
+        "fastclip": {"gamma_decay_epochs": half, "data_size": str(setup.shards[1])},
         "amorlip": {"beta_decay_epochs": half},
     }.get(method, {})

@@ -6,7 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from study.lanes import Job, StudyError, work_off
+from study.errors import StudyError
+from study.lanes import Job, work_off
 from study.runs import Run
 
 # What a run is known by; a change of the others (workers, where files lie) leaves it the same run.
