@@ -30,10 +30,11 @@ from pathlib import Path
 from building import BuildError
 from building.flags import add_flags, check_flags
 from building.folder import build_and_rename, is_complete
-from study import BUILDER_VERSION
 from study.dataset import Options, build, require_packages
 from study.download import fetch_package
 from study.package import INTEGRITY, VERSION, Package, integrity
+
+from study import BUILDER_VERSION
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -108,9 +108,19 @@ def method_flags(method: str, batch_size: int, lr: float) -> Flags:
 
 
 def training_run(
-    setup: Setup, name: str, method: str, batch_size: int, lr: float, seed: int, more: Mapping[str, str] | None = None
+    setup: Setup,
+    name: str,
+    method: str,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    more: Mapping[str, str | None] | None = None,
 ) -> Run:
-    """A run of the comparison or of an ablation, evaluated on held-out drawing styles at every epoch."""
+    """A run of the comparison or of an ablation, evaluated on held-out drawing styles at every epoch.
+
+    Args:
+        more: flags in place of the method's; None takes one away.
+    """
     flags = {
         **_common(setup, batch_size, lr, seed, setup.epochs),
         **method_flags(method, batch_size, lr),
@@ -120,9 +130,9 @@ def training_run(
         # The normalizers' error over training is measured on the first seed's.
         "save-frequency": "1" if seed == SEEDS[0] else str(setup.epochs),
         **_length_flags(method, setup, setup.epochs),
-        **(more or {}),
     }
-    return Run(name, flags)
+    changed = {**flags, **(more or {})}
+    return Run(name, {flag: value for flag, value in changed.items() if value is not None})
 
 
 def tuning_run(setup: Setup, method: str, batch_size: int, lr: float) -> Run:
@@ -159,10 +169,10 @@ def ablation_runs(setup: Setup, rates: Mapping[tuple[str, int], float]) -> list[
     ]
 
 
-def _variants() -> Iterator[tuple[str, Flags]]:
+def _variants() -> Iterator[tuple[str, dict[str, str | None]]]:
     for value in ("0", "0.1", "0.2", "0.8"):
         yield f"gamma{value}", {"gamma": value, **({"gamma_schedule": "constant"} if value == "0" else {})}
-    yield "mlp", {"npn_arch": "mlp"}
+    yield "mlp", {"npn_arch": "mlp", "npn_num_protos": None}
     yield "separate", {"npn_objective": "separate"}
     yield "simultaneous", {"npn_optimization": "simultaneous"}
     for value in ("0", "50", "2000"):

@@ -105,8 +105,8 @@ def split_samples(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
 
     Returns:
         Samples by the split's folder: train, test_concept, test_combo, test_set, retrieval_concept, retrieval_combo,
-        retrieval_set, and emoji/SET for every emoji set. A retrieval split is a part of a test split, with one picture of every concept, so that
-        no caption is right for two pictures.
+        retrieval_set, and emoji/SET for every emoji set. A retrieval split is a part of a test split, with one picture of
+        every concept, so that no caption is right for two pictures.
     """
     trained = {icon.key for icon, _ in samples if icon.split is Split.TRAIN}
     splits: dict[str, list[Sample]] = {str(split): [] for split in Split if split is not Split.EMOJI}

@@ -1,0 +1,211 @@
+"""The study's scripts: flags are training's, tuning is alike for all, what is done stays done, tables hold the figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from study import lanes, report, runs, training, tuning
+from study.errors import StudyError
+from training.params import parse_args
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Stands in for training: its score is highest at a learning rate that depends on the method.
+FAKE = """
+    import json, os, sys, time
+    from pathlib import Path
+    flags = dict(word.lstrip("-").partition("=")[::2] for word in sys.argv[1:])
+    folder = Path(flags["logs"]) / flags["name"]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "calls", "a") as calls:
+        calls.write(os.environ.get("OMP_NUM_THREADS", "") + "\\n")
+    if flags["seed"] == "9":
+        sys.exit(7)
+    if flags["seed"] == "8":
+        print("training", flush=True)
+        time.sleep(60)
+    (folder / "params.txt").write_text("".join(f"{name.replace('-', '_')}: {value}\\n" for name, value in flags.items()))
+    best = {"siglip": 8e-3, "amorlip": 1e-3}.get(flags["objective"], 2e-3)
+    score = 1 - abs(float(flags["lr"]) - best)
+    line = {"epoch": int(flags["epochs"]), "image_to_text_R@1": score, "text_to_image_R@1": score}
+    (folder / "results.jsonl").write_text(json.dumps(line) + "\\n")
+"""
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> runs.Setup:
+    """Paths in a temporary folder, and the sizes of three shards."""
+    train = tmp_path / "data" / "train"
+    train.mkdir(parents=True)
+    (train / "sizes.json").write_text(json.dumps({"00001.tar": 100, "00000.tar": 100, "00002.tar": 30}))
+    return runs.Setup(tmp_path / "data", tmp_path / "logs", epochs=4, tuning_epochs=2, pairs=225)
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lanes start the stand-in."""
+    main = tmp_path / "checkout" / "src" / "training" / "main.py"
+    main.parent.mkdir(parents=True)
+    main.write_text(textwrap.dedent(FAKE))
+    monkeypatch.setattr(lanes, "ROOT", tmp_path / "checkout")
+
+
+def some_rates() -> dict[tuple[str, int], float]:
+    return {(method, size): 1e-3 for method in runs.METHODS for size in runs.BATCH_SIZES}
+
+
+def test_all_commands_are_training_s(setup: runs.Setup) -> None:
+    all_runs = [*runs.comparison_runs(setup, some_rates()), *runs.ablation_runs(setup, some_rates())]
+    all_runs += [runs.tuning_run(setup, method, size, 2e-3) for method in runs.METHODS for size in runs.BATCH_SIZES]
+    assert len({run.name for run in all_runs}) == len(all_runs)
+    for run in all_runs:
+        args = parse_args(run.command())
+        assert args.name == run.name
+        assert args.train_data == f"{setup.data}/train/{{00000..00001}}.tar"
+        # Each method sees the same samples.
+        assert args.batch_size in runs.BATCH_SIZES
+        assert args.warmup * args.batch_size == 25_600
+        assert args.epochs == (2 if run.name.startswith("tune") else 4)
+        if args.objective == "fastclip":
+            assert (args.data_size, args.gamma_decay_epochs) == (200, args.epochs / 2)
+        if args.objective == "neuclip" and not run.name.startswith("ablation"):
+            assert args.npn_restart_iter * args.batch_size == 64_000
+
+
+def test_every_variant_differs_in_one_thing(setup: runs.Setup) -> None:
+    plain = next(run for run in runs.comparison_runs(setup, some_rates()) if run.name == "neuclip-b128-s0")
+    resolved = vars(parse_args(plain.command()))
+    for run in runs.ablation_runs(setup, some_rates()):
+        if run.name.endswith("-s0"):
+            other = vars(parse_args(run.command()))
+            changed = {name for name in resolved if resolved[name] != other[name]} - {"name"}
+            assert changed, run.name
+            assert (
+                changed <= {"gamma", "gamma_schedule"}
+                or len(changed) == 1
+                or "adagrad" in run.name
+                or "mlp" in run.name
+            ), (
+                run.name,
+                changed,
+            )
+
+
+def test_data_smaller_than_a_shard_is_refused(setup: runs.Setup) -> None:
+    small = runs.Setup(setup.data, setup.logs, 1, 1, pairs=99)
+    with pytest.raises(StudyError, match=r"--pairs 99 .* give more"):
+        _ = small.shards
+
+
+@pytest.mark.usefixtures("fake")
+def test_tuning_goes_on_beyond_the_ends(setup: runs.Setup) -> None:
+    scores = tuning.tune(setup, lambda due: training.train_all(due, setup.logs, lanes=2))
+    assert set(scores) == {(method, size) for method in runs.METHODS for size in runs.BATCH_SIZES}
+    best = tuning.best_rates(scores)
+    assert best["siglip", 128] == 8e-3
+    assert set(scores["siglip", 128]) == {1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2}
+    assert best["amorlip", 512] == 1e-3
+    assert set(scores["amorlip", 512]) == {5e-4, 1e-3, 2e-3, 4e-3}
+    assert best["openclip", 128] == 2e-3
+    assert set(scores["openclip", 128]) == {1e-3, 2e-3, 4e-3}
+
+
+@pytest.mark.usefixtures("fake")
+def test_finished_runs_are_not_trained_again(setup: runs.Setup, capsys: pytest.CaptureFixture[str]) -> None:
+    due = [runs.tuning_run(setup, "openclip", 128, lr) for lr in (1e-3, 2e-3)]
+    training.train_all(due[:1], setup.logs, lanes=2)
+    training.train_all(due, setup.logs, lanes=2)
+    assert "2 runs, 1 of them finished before" in capsys.readouterr().out
+    calls = [(setup.logs / run.name / "calls").read_text().splitlines() for run in due]
+    assert [len(called) for called in calls] == [1, 1]
+    assert calls[0] == [str(max(1, (os.cpu_count() or 1) // 2))]
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_folder_with_another_run_is_refused(setup: runs.Setup) -> None:
+    run = runs.training_run(setup, "openclip-b128-s0", "openclip", 128, 1e-3, 0)
+    training.train_all([run], setup.logs, lanes=1)
+    other = runs.training_run(setup, "openclip-b128-s0", "openclip", 128, 2e-3, 0)
+    with pytest.raises(StudyError, match=r"was trained with lr 0\.001, not 0\.002"):
+        training.train_all([other], setup.logs, lanes=1)
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_failed_run_is_named_and_the_others_are_trained(setup: runs.Setup) -> None:
+    due = [runs.training_run(setup, f"run-s{seed}", "openclip", 128, 1e-3, seed) for seed in (9, 1)]
+    with pytest.raises(StudyError, match=r"failed: run-s9 \(see .*run-s9\.txt\)"):
+        training.train_all(due, setup.logs, lanes=1)
+    assert training.is_finished(due[1], setup.logs)
+
+
+def test_an_interruption_reaches_the_trainings(setup: runs.Setup, fake: None) -> None:
+    run = runs.training_run(setup, "run-s8", "openclip", 128, 1e-3, 8)
+    program = textwrap.dedent(f"""
+        import sys
+        from pathlib import Path
+        sys.path.insert(0, {str(ROOT / "scripts")!r})
+        from study import lanes
+        lanes.ROOT = Path({str(lanes.ROOT)!r})
+        try:
+            words = {("src/training/main.py", *run.command())!r}
+            lanes.work_off([lanes.Job("run", words, Path({str(setup.logs / "out.txt")!r}))], 1)
+        except lanes.StudyError as error:
+            sys.exit(str(error))
+    """)
+    with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (setup.logs / "out.txt").exists() or "training" not in (setup.logs / "out.txt").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert "the same command goes on" in process.communicate(timeout=30)[1]
+    assert process.returncode == 1
+    assert time.monotonic() - began < 20
+
+
+def write_run(setup: runs.Setup, name: str, value: float) -> None:
+    folder = setup.logs / name
+    folder.mkdir(parents=True)
+    metrics = dict.fromkeys(report.HEADLINES, value)
+    (folder / report.FILE).write_text(json.dumps({"metrics": metrics}))
+    times = {"objective_seconds": 0.02, "normalizer_seconds": 0.01, "samples_per_second": 1280.0}
+    lines = [
+        {"step": step, "seconds_per_step": seconds, **times} for step, seconds in ((50, 9.0), (100, 0.1), (150, 0.3))
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_tables_hold_what_was_measured(setup: runs.Setup, tmp_path: Path) -> None:
+    for seed, value in ((0, 0.10), (1, 0.12), (2, 0.14)):
+        write_run(setup, f"neuclip-b128-s{seed}", value)
+    write_run(setup, "openclip-b128-s0", 0.13)
+    write_run(setup, "ablation-mlp-s0", 0.11)
+    entries = [
+        {"method": method, "batch_size": size, "lr": 2e-3, "scores": {"0.001": 0.01, "0.002": 0.05}}
+        for method, size in some_rates()
+    ]
+    (setup.logs / "rates.json").write_text(json.dumps(entries))
+    report.write_report(setup, some_rates(), tmp_path / "out")
+    lines = (tmp_path / "out" / "comparison.md").read_text().splitlines()
+    row = next(line for line in lines if "| 128 | neuclip |" in line)
+    assert row.startswith("| 128 | neuclip | 0.001 | 3 | 12.0 ± 2.0 |")
+    assert "| 128 | openclip | 0.001 | 1 | **13.0** |" in next(line for line in lines if "128 | openclip" in line)
+    assert "| 512 | neuclip | 0.001 | 0 | – |" in next(line for line in lines if "512 | neuclip" in line)
+    ablations = (tmp_path / "out" / "ablations.md").read_text()
+    assert "| as compared | 3 | **12.0 ± 2.0** |" in ablations
+    assert "| mlp | 1 | 11.0 |" in ablations
+    # Medians, without the beginning.
+    assert "| 128 | neuclip | 200 | 20.0 | 10.0 | 1280 |" in (tmp_path / "out" / "cost.md").read_text()
+    assert "**5.00**" in (tmp_path / "out" / "tuning.md").read_text()
+    for ending in ("csv", "tex"):
+        assert (tmp_path / "out" / f"comparison.{ending}").stat().st_size > 100
