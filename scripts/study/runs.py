@@ -200,6 +200,7 @@ def _common(setup: Setup, batch_size: int, lr: float, seed: int, epochs: int) ->
         "eps": "1e-6",
         "warmup": str(_WARMUP_SAMPLES // batch_size),
         "seed": str(seed),
+        "workers": "1",
         "log-every-n-steps": str(max(1, 6400 // batch_size)),
         "save-every-minutes": "5",
         "keep-last": str(max(2, epochs)),
