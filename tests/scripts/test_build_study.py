@@ -26,16 +26,16 @@ if importlib.util.find_spec("resvg_py") is None:
 
 import build_study  # noqa: E402
 from building.names import concept_key  # noqa: E402
-from study import dataset  # noqa: E402
-from study.duplicates import NEAR_BITS, near_duplicate_share  # noqa: E402
-from study.names import Meaning, Naming, style_words  # noqa: E402
-from study.package import integrity  # noqa: E402
-from study.rendering import Job, Stored, render, svg_text  # noqa: E402
-from study.splits import Split, settle_combo, split_of  # noqa: E402
+from icons import dataset  # noqa: E402
+from icons.duplicates import near_duplicate_share  # noqa: E402
+from icons.names import Meaning, Naming, style_words  # noqa: E402
+from icons.package import integrity  # noqa: E402
+from icons.rendering import Job, Stored, render, svg_text  # noqa: E402
+from icons.splits import Split, settle_combo, split_of  # noqa: E402
 
 SIZE, PER_SHARD = 32, 400
 FLAGS = ["--size", str(SIZE), "--samples-per-shard", str(PER_SHARD)]
-PAIRS = ("train", "test_concept", "test_combo", "test_set", "retrieval_concept", "retrieval_set")
+PAIRS = ("train", "test_concept", "test_combo", "test_set", "retrieval_concept", "retrieval_combo", "retrieval_set")
 EMOJI = tuple(f"emoji/{prefix}" for prefix in EMOJI_SETS)
 CLASSIFICATION = ("zeroshot", "zeroshot_concept", "zeroshot_emoji")
 
@@ -220,8 +220,9 @@ def test_webdataset_reads_the_shards(built: Path) -> None:
     assert len({facts["set"] for _, _, facts in rows[:100]}) > 10  # shuffled
 
 
-@pytest.mark.parametrize(("test", "retrieval"), [("test_concept", "retrieval_concept"), ("test_set", "retrieval_set")])
-def test_retrieval_has_one_picture_of_every_concept(built: Path, test: str, retrieval: str) -> None:
+@pytest.mark.parametrize("kind", ["concept", "combo", "set"])
+def test_retrieval_has_one_picture_of_every_concept(built: Path, kind: str) -> None:
+    test, retrieval = f"test_{kind}", f"retrieval_{kind}"
     places = [(facts["set"], facts["name"]) for facts in facts_of(built / test)]
     chosen = facts_of(built / retrieval)
     concepts = [concept_key(facts["concept"]) for facts in chosen]
@@ -304,8 +305,8 @@ def test_manifest_counts_what_is_there(built: Path) -> None:
 
 
 def test_expected_repeats_are_those_of_random_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("study.manifest.BATCH", 8)
-    from study.manifest import _expected_repeats
+    monkeypatch.setattr("icons.manifest.BATCH", 8)
+    from icons.manifest import _expected_repeats
 
     counts, chance = [5, 3, 1, 1, 10], random.Random(0)
     captions = [index for index, count in enumerate(counts) for _ in range(count)]
@@ -476,29 +477,25 @@ def test_spellings_and_sets_decide_the_split() -> None:
     assert settle_combo(Split.TEST_COMBO, "bell", {"bell"}) is Split.TEST_COMBO
 
 
-def stored(bits: np.ndarray) -> Stored:
-    return Stored(0, 0, "", np.packbits(bits.astype(np.uint8)).tobytes())
+def stored(thumbnail: np.ndarray) -> Stored:
+    return Stored(0, 0, "", thumbnail.astype(np.uint8).tobytes())
 
 
 def test_near_duplicates_are_counted() -> None:
+    """Every value differs by 3 or by 4 of 63 levels: 0.048 and 0.063 of the range."""
     rng = np.random.default_rng(0)
-    train = rng.integers(0, 2, (50, 256))
-    near, far = train[:10].copy(), train[10:40].copy()
-    near[:, :NEAR_BITS] ^= 1
-    far[:, : NEAR_BITS + 1] ^= 1
-    share = near_duplicate_share([stored(row) for row in train], [stored(row) for row in [*near, *far]])
-    assert share == pytest.approx(10 / 40)
+    train = rng.integers(0, 60, (50, 32 * 32))
+    tests = [*(train[:10] + 3), *(train[10:40] + 4)]
+    assert near_duplicate_share([stored(row) for row in train], [stored(row) for row in tests]) == 10 / 40
 
 
-def test_fingerprints_tell_drawings_apart() -> None:
-    _, sets = make_sets()
-    pictures = [render(Job(svg_text(sets["set-00"], name), 64)) for name in ("amber-anchor", "plum-yacht")]
-    assert pictures[0] is not None
-    assert pictures[1] is not None
-    lightest = render(Job(svg_text({**sets["set-00"], "width": 25}, "amber-anchor"), 64))
-    assert lightest is not None
-    one, other, moved = (int.from_bytes(picture[1], "big") for picture in (*pictures, lightest))
-    assert (one ^ moved).bit_count() < (one ^ other).bit_count()
+def test_thumbnails_are_those_of_the_drawing() -> None:
+    data = {"icons": {"half": {"body": "<path d='M0 0h12v24H0z'/>"}}, "width": 24, "height": 24}
+    made = render(Job(svg_text(data, "half"), 64))
+    assert made is not None
+    rows = np.frombuffer(made[1], np.uint8).reshape(32, 32)
+    assert (rows[:, :16] == 0).all()
+    assert (rows[:, 16:] == 63).all()
 
 
 def test_the_package_is_part_of_the_options(built: Path, package: Path) -> None:

@@ -104,9 +104,9 @@ def split_samples(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
     """Distribute samples to the splits, shuffled.
 
     Returns:
-        Samples by the split's folder: train, test_concept, test_combo, test_set, retrieval_concept, retrieval_set, and
-        emoji/SET for every emoji set. A retrieval split is a part of a test split, with one picture of every concept, so that
-        no caption is right for two pictures.
+        Samples by the split's folder: train, test_concept, test_combo, test_set, retrieval_concept, retrieval_combo,
+        retrieval_set, and emoji/SET for every emoji set. A retrieval split is a part of a test split, with one picture of
+        every concept, so that no caption is right for two pictures.
     """
     trained = {icon.key for icon, _ in samples if icon.split is Split.TRAIN}
     splits: dict[str, list[Sample]] = {str(split): [] for split in Split if split is not Split.EMOJI}
@@ -115,7 +115,11 @@ def split_samples(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
         is_emoji = icon.split is Split.EMOJI
         name = f"emoji/{icon.prefix}" if is_emoji else str(settle_combo(icon.split, icon.key, trained))
         splits.setdefault(name, []).append(sample)
-    for name, test in (("retrieval_concept", Split.TEST_CONCEPT), ("retrieval_set", Split.TEST_SET)):
+    for name, test in (
+        ("retrieval_concept", Split.TEST_CONCEPT),
+        ("retrieval_combo", Split.TEST_COMBO),
+        ("retrieval_set", Split.TEST_SET),
+    ):
         splits[name] = _one_of_each(splits[test])
     for split in splits.values():
         random.Random(SHUFFLE_SEED).shuffle(split)

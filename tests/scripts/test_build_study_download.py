@@ -15,8 +15,8 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "data"
 sys.path.insert(0, str(SCRIPTS))
 
 from building import BuildError  # noqa: E402
-from study import download  # noqa: E402
-from study.package import integrity  # noqa: E402
+from icons import download  # noqa: E402
+from icons.package import integrity  # noqa: E402
 
 CONTENT = bytes(range(256)) * 2000
 PATH = "/npm/@iconify/json/-/json-2.2.535.tgz"
