@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Build the study's data: about 204,000 image-text pairs for training, with tests of new names and of new styles.
 
-    pip install resvg-py pillow numpy
+    pip install -r requirements-study.txt
     python scripts/data/build_study.py
 
 Icons of about 160 openly licensed sets with the names their authors gave them, out of one npm package of 104 MB, which is
@@ -30,11 +30,10 @@ from pathlib import Path
 from building import BuildError
 from building.flags import add_flags, check_flags
 from building.folder import build_and_rename, is_complete
-from study.dataset import Options, build, require_packages
-from study.download import fetch_package
-from study.package import INTEGRITY, VERSION, Package, integrity
-
-from study import BUILDER_VERSION
+from icons import BUILDER_VERSION
+from icons.dataset import Options, build, require_packages
+from icons.download import fetch_package
+from icons.package import INTEGRITY, VERSION, Package, integrity
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -51,7 +51,7 @@ def work_off(jobs: Sequence[Job], lanes: int) -> None:
 
 def lanes_of_this_machine() -> int:
     """One per GPU; without any, one per core."""
-    return len(_gpus()) or os.cpu_count() or 1
+    return len(gpus()) or os.cpu_count() or 1
 
 
 class _Crew:
@@ -64,7 +64,7 @@ class _Crew:
         for job in jobs:
             self._due.put(job)
         self._lanes = lanes
-        self._gpus = _gpus()
+        self._gpus = gpus()
         self._running: dict[int, subprocess.Popen[bytes]] = {}
 
     def work(self) -> None:
@@ -120,7 +120,7 @@ class _Crew:
         return {**os.environ, **own}
 
 
-def _gpus() -> list[str]:
+def gpus() -> list[str]:
     """Names for CUDA_VISIBLE_DEVICES."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:

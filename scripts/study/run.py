@@ -20,7 +20,7 @@ if not __package__:
     sys.path[:1] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2] / "src")]
 
 from study.errors import StudyError
-from study.lanes import Job, lanes_of_this_machine, work_off
+from study.lanes import Job, gpus, lanes_of_this_machine, work_off
 from study.measure import is_measured
 from study.report import write_report
 from study.runs import SEEDS, Run, Setup, ablation_runs, comparison_runs
@@ -140,7 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     try:
         args = parse_args(argv)
-        setup = Setup(args.data, args.logs, args.epochs, args.tuning_epochs, args.pairs)
+        precision = "amp_bf16" if gpus() else "fp32"
+        setup = Setup(args.data, args.logs, args.epochs, args.tuning_epochs, args.pairs, precision)
         lanes = args.lanes or lanes_of_this_machine()
         for part in PARTS if args.part == "all" else (args.part,):
             print(f"==> {part}", flush=True)

@@ -32,6 +32,7 @@ class Setup:
         logs: where the runs' folders go.
         epochs: of a run of the comparison; a tuning run has `tuning_epochs`.
         pairs: training pairs, as many whole shards as hold at most so many.
+        precision: of the towers: many CPUs have no instructions for bf16.
     """
 
     data: Path
@@ -39,6 +40,7 @@ class Setup:
     epochs: int
     tuning_epochs: int
     pairs: int
+    precision: str = "fp32"
 
     @property
     def shards(self) -> tuple[str, int]:
@@ -200,6 +202,7 @@ def _common(setup: Setup, batch_size: int, lr: float, seed: int, epochs: int) ->
         "eps": "1e-6",
         "warmup": str(_WARMUP_SAMPLES // batch_size),
         "seed": str(seed),
+        "precision": setup.precision,
         "workers": "1",
         "log-every-n-steps": str(max(1, 6400 // batch_size)),
         "save-every-minutes": "5",

@@ -1,6 +1,5 @@
 """The quickstart builder: what it makes, that it makes it twice the same, and what it says when it cannot."""
 
-import hashlib
 import importlib.util
 import io
 import json
@@ -8,13 +7,14 @@ import re
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 
 import pytest
 import webdataset as wds
 from PIL import Image
+
+from shard_files import digests, read_split, read_tar
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "data"
 sys.path.insert(0, str(SCRIPTS))
@@ -40,29 +40,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("quickstart") / "made" / "data"
     assert build_quickstart.main(["--out", str(out), "--workers", "2", *BUILD_FLAGS]) == 0
     return out
-
-
-def digests(folder: Path) -> dict[str, str]:
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def read_tar(path: Path) -> dict[str, dict[str, bytes]]:
-    samples: dict[str, dict[str, bytes]] = {}
-    with tarfile.open(path) as tar:
-        for member in tar:
-            key, extension = member.name.split(".", 1)
-            samples.setdefault(key, {})[extension] = tar.extractfile(member).read()
-    return samples
-
-
-def read_split(folder: Path) -> dict[str, dict[str, bytes]]:
-    samples: dict[str, dict[str, bytes]] = {}
-    for path in sorted(folder.glob("*.tar")):
-        shard = read_tar(path)
-        assert not shard.keys() & samples.keys()
-        samples.update(shard)
-    return samples
 
 
 def named_in(text: str) -> str:

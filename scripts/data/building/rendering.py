@@ -48,8 +48,7 @@ def rasterize(svg: str, size: int) -> "Image":
 
 def encode(image: "Image") -> Picture | None:
     """Encode an RGB image as PNG; None if it is blank."""
-    ranges = [channel.getextrema() for channel in image.split()]
-    if max(high - low for low, high in ranges) < LEAST_CONTRAST:
+    if max(high - low for low, high in image.getextrema()) < LEAST_CONTRAST:
         return None
     buffer = io.BytesIO()
     image.save(buffer, "PNG")

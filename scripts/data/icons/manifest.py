@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 
 from . import BUILDER_VERSION
-from .duplicates import MOST_CHECKED, NEAR_BITS, Sample, near_duplicate_share
+from .duplicates import MOST_CHECKED, NEAR_RMSE, Sample, near_duplicate_share
 from .package import NAME
 from .selection import IconSet
 from .splits import Split
@@ -101,8 +101,8 @@ def _near_duplicates(splits: dict[str, list[Sample]]) -> dict:
     train = [stored for _, stored in splits[Split.TRAIN]]
     tests = (Split.TEST_CONCEPT, Split.TEST_COMBO, Split.TEST_SET)
     return {
-        "what": f"share of test pictures (of {MOST_CHECKED} at most) with a training picture whose gradient signs differ in "
-        f"at most {NEAR_BITS} of 256 places",
+        "what": f"share of test pictures (of {MOST_CHECKED} at most) with a training picture whose 32 x 32 grey thumbnail has "
+        f"a root mean square difference below {NEAR_RMSE}",
         **{str(test): near_duplicate_share(train, [stored for _, stored in splits[test]]) for test in tests},
     }
 

@@ -65,7 +65,7 @@ class Package:
 
     def _read(self, names: "set[str] | dict[str, dict]") -> Iterator[tuple[str, dict]]:
         try:
-            with tarfile.open(self.path) as tar:
+            with tarfile.open(self.path, "r:gz") as tar:
                 for member in tar:
                     file = tar.extractfile(member) if member.name in names else None
                     if file is not None:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _DEFAULT_SIDE = 16  # of a canvas that a set does not give, by the format's definition
-_FINGERPRINT_SIDE = 16
+THUMBNAIL_SIDE = 32
+THUMBNAIL_LEVELS = 64  # of grey: sums of squares over a thumbnail stay below 2**24, where float32 is exact
 _REPORT_EVERY = 20_000
 
 
@@ -28,12 +29,12 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Where a picture's PNG is in the spool, a digest of its pixels, and 256 bits that alike pictures share mostly."""
+    """Where a picture's PNG is in the spool, a digest of its pixels, and its thumbnail: [32 * 32] uint8 below 64, grey."""
 
     offset: int
     length: int
     digest: str
-    fingerprint: bytes
+    thumbnail: bytes
 
 
 class Spool:
@@ -43,11 +44,11 @@ class Spool:
         self._file = file
         self._end = 0
 
-    def add(self, picture: Picture, fingerprint: bytes) -> Stored:
+    def add(self, picture: Picture, thumbnail: bytes) -> Stored:
         """Append a picture."""
         self._file.seek(self._end)
         self._file.write(picture.png)
-        stored = Stored(self._end, len(picture.png), picture.digest, fingerprint)
+        stored = Stored(self._end, len(picture.png), picture.digest, thumbnail)
         self._end += len(picture.png)
         return stored
 
@@ -77,27 +78,22 @@ def render(job: Job) -> tuple[Picture, bytes] | None:
     """Render one icon.
 
     Returns:
-        The picture and its fingerprint; None if it is blank or the renderer cannot read it.
+        The picture and its thumbnail; None if it is blank or the renderer cannot read it.
     """
     try:
         image = rasterize(job.svg, job.size)
     except ValueError:
         return None
     picture = encode(image)
-    return (picture, fingerprint(image)) if picture else None
+    return (picture, thumbnail(image)) if picture else None
 
 
-def fingerprint(image: "Image") -> bytes:
-    """Say for each of 16 x 16 places whether the picture is lighter than at the next place to the right: 256 bits."""
+def thumbnail(image: "Image") -> bytes:
+    """Make a small grey picture for comparisons: [32 * 32] uint8 from 0, black, to 63, white."""
     from PIL import Image
 
-    small = image.convert("L").resize((_FINGERPRINT_SIDE + 1, _FINGERPRINT_SIDE), Image.Resampling.BILINEAR)
-    values, width = small.tobytes(), _FINGERPRINT_SIDE + 1
-    bits = 0
-    for row in range(_FINGERPRINT_SIDE):
-        for place in range(row * width, row * width + _FINGERPRINT_SIDE):
-            bits = bits << 1 | (values[place] > values[place + 1])
-    return bits.to_bytes(_FINGERPRINT_SIDE**2 // 8, "big")
+    small = image.convert("L").resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX)
+    return bytes(value * THUMBNAIL_LEVELS // 256 for value in small.tobytes())
 
 
 def render_icons(
