@@ -179,13 +179,20 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "train_num_samples": "check",
     }
     for flag, other in needs.items():
-        if getattr(args, flag) not in (None, False) and not getattr(args, other):
-            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)} goes with --{other.replace('_', '-')}")
+        value = getattr(args, flag)
+        if value not in (None, False) and not getattr(args, other):
+            spelled = "" if value is True else f" {value}"
+            parser.error(f"{_spelling(flag)}{spelled} goes with {_spelling(other)}")
     if args.workers < 1:
         parser.error(f"--workers {args.workers}: give 1 or more")
     if args.first_key is not None and not 0 <= args.first_key <= LARGEST_KEY:
         parser.error(f"--first-key {args.first_key}: give a number of 0 to {LARGEST_KEY}")
     return args
+
+
+def _spelling(flag: str) -> str:
+    """The published flag has an underscore."""
+    return "--data_size" if flag == "data_size" else "--" + flag.replace("_", "-")
 
 
 def _add_keys(args: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 # Seconds between two lines about how far the work is, and between two looks at whether the parent still lives.
-_NEWS, _LOOK = 30.0, 1.0
+_NEWS, LOOK = 30.0, 1.0
 
 
 def usable_cores() -> int:
@@ -72,5 +72,5 @@ def _begin(parent: int) -> None:
 def _end_with(parent: int) -> None:
     # A parent that is killed says nothing, and the pool's processes would wait for work for ever.
     while os.getppid() == parent:
-        time.sleep(_LOOK)
+        time.sleep(LOOK)
     os._exit(1)
