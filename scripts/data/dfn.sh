@@ -58,6 +58,7 @@ if [ ! -f "$out/subset.complete" ]; then
 fi
 
 say "images to $out/shards"
+forget_sizes "$out/shards"
 env -u PYTHONPATH "$upstream" "$datacomp/download_upstream.py" --scale "$scale" --metadata_dir "$out/subset" --data_dir "$out" "$@"
 # No file of the subset but the last has rows for a part of a shard.
 shards="$("$upstream" scripts/data/select_uids.py --shards "$out/subset")"

@@ -39,6 +39,9 @@ need_all_shards() {
     [ "$done" -ge "$2" ] || die "$1: $((done)) of $2 shards are complete; the same command goes on"
 }
 
+# forget_sizes FOLDER : img2dataset takes every .json of its folder for the record of a shard, and fails at another name
+forget_sizes() { rm -f "$1/sizes.json"; }
+
 # index_shards FOLDER : keys where there are none, sizes.json, and the flags of training
 index_shards() {
     say "keys and sizes of $1"
@@ -53,6 +56,7 @@ download_pairs() {
     list_with_header "$tsv" "$columns" "$out.tsv"
     rows=$(($(grep -c . "$out.tsv") - 1))
     say "$rows pairs of $tsv to $out"
+    forget_sizes "$out"
     env -u PYTHONPATH "$IMG2DATASET" --url_list "$out.tsv" --input_format tsv --url_col url --caption_col caption \
         --output_format webdataset --output_folder "$out" --number_sample_per_shard "$ROWS_PER_SHARD" \
         --processes_count "${PROCESSES:-16}" --thread_count "${THREADS:-64}" --image_size 256 "$@"

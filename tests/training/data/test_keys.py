@@ -216,6 +216,7 @@ def test_killed_at_random_moments_and_started_again(kit, tmp_path: Path) -> None
         kit.write_tar(tmp_path / "data" / f"{shard:05d}.tar", samples)
     before = {path.name: members_in(path) for path in (tmp_path / "data").iterdir()}
     command = [str(tmp_path / "data"), "--add-keys", "--workers", "2"]
+    statuses = []
     for shards_done in (0, 3, 7, None):
         process = multiprocessing.get_context("fork").Process(target=_run_command, args=(command,))
         process.start()
@@ -224,10 +225,14 @@ def test_killed_at_random_moments_and_started_again(kit, tmp_path: Path) -> None
                 time.sleep(0.001)
             process.kill()
         process.join(60)
-        assert process.exitcode in ({0} if shards_done is None else {0, -signal.SIGKILL})
+        statuses.append(process.exitcode)
         for path in (tmp_path / "data").glob("*.tar"):
             after = members_in(path)
             assert {name: after[name] for name in before[path.name]} == before[path.name]
+    # A kill may come too late on a machine that is busy, but not every time.
+    assert -signal.SIGKILL in statuses[:-1]
+    assert set(statuses[:-1]) <= {0, -signal.SIGKILL}
+    assert statuses[-1] == 0
     keys = np.concatenate([read_shard_keys(str(path)).keys for path in sorted((tmp_path / "data").glob("*.tar"))])
     assert keys.tolist() == list(range(720))
     time.sleep(2 * LOOK)  # Until the processes of the killed ones have noticed that they are alone.
