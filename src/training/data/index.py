@@ -233,10 +233,10 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _fit_of_keys(data_size: int | None, found: FoundKeys) -> list[tuple[bool, str]]:
-    """Whether --data_size fits, and the line that says so; [] where it was not given."""
-    if data_size is None:
-        return []
+    """Whether --data_size fits, and the line that says so; [] where it was not given and all samples have keys."""
     lacking = sum(found.lacking.values()) + found.without_object
+    if data_size is None:
+        return [(True, f"{lacking:,} of {found.total:,} samples have no key; --add-keys gives one")] if lacking else []
     if lacking:
         return [
             (

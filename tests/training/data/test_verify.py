@@ -147,7 +147,9 @@ def test_check(kit, tmp_path: Path, flags: str, status: int, lines: list[str], c
 def test_check_of_samples_without_keys_and_of_damage(kit, tmp_path: Path, capsys) -> None:
     kit.write_tar(tmp_path / "0.tar", [kit.members_of(0), kit.members_of(1)[:2]])
     assert main([str(tmp_path), "--check", "--data_size", "5"]) == 1
-    assert "1 of 2 samples have no key; --add-keys gives one" in capsys.readouterr().out
+    assert "--data_size 5: 1 of 2 samples have no key; --add-keys gives one" in capsys.readouterr().out
+    assert main([str(tmp_path), "--check"]) == 0
+    assert capsys.readouterr().out.startswith("1 of 2 samples have no key")
     (tmp_path / "1.tar").write_bytes(b"nothing")
     assert main([str(tmp_path), "--check"]) == 1
     assert "1.tar is damaged" in capsys.readouterr().out
