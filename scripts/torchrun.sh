@@ -20,8 +20,9 @@ install_once training -r requirements-training.txt
 NEUCLIP_PROCESSES="${NEUCLIP_PROCESSES:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
 case "$NEUCLIP_PROCESSES" in *[!0-9]* | "" | 0) die "NEUCLIP_PROCESSES=$NEUCLIP_PROCESSES is no number of processes: give 1 or more" ;; esac
 VIRTUAL_ENV="$(dirname "$(dirname "$PYTHON")")"
+PATH="$(dirname "$PYTHON"):$PATH"
 NEUCLIP_ROOT="$PWD"
-export NEUCLIP_PROCESSES NEUCLIP_ROOT VIRTUAL_ENV
+export NEUCLIP_PROCESSES NEUCLIP_ROOT VIRTUAL_ENV PATH
 # In the shell of a slurm job too: this is not the way to its tasks.
 unset SLURM_JOB_ID
 exec bash "$script" "$@"
