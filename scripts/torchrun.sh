@@ -11,8 +11,11 @@ set -euo pipefail
 case " $* " in *" -h "* | *" --help "*) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 script="scripts/slurm/${1:-}/${2:-}.sbatch"
-[ $# -ge 2 ] && [ -f "$script" ] ||
-    die "there is no $script: give a data set ($(cd scripts/slurm && ls -d */ | tr -d / | xargs)) and a method ($(cd scripts/slurm/cc3m && ls *.sbatch | sed s/.sbatch// | xargs))"
+if [ $# -lt 2 ] || [ ! -f "$script" ]; then
+    sets="$(cd scripts/slurm && ls -d -- */ | tr -d / | xargs)"
+    methods="$(cd scripts/slurm/cc3m && ls -- *.sbatch | sed 's/\.sbatch//' | xargs)"
+    die "there is no $script: give a data set ($sets) and a method ($methods)"
+fi
 shift 2
 
 prepare_python

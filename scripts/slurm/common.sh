@@ -37,7 +37,7 @@ train() {
     # A link of scripts/slurm/chain.sh: the next one is in the queue already.
     [ -z "${NEUCLIP_CHAIN:-}" ] || flags=(--resume latest --save-every-minutes 30)
     if [ -n "${SLURM_JOB_ID:-}" ]; then
-        RANKS="$SLURM_NTASKS"
+        RANKS="${SLURM_NTASKS:?has not been set by slurm: ask for --ntasks-per-node, as the top of the script does}"
         start=(srun --kill-on-bad-exit=1 python -u)
     elif [ -n "${NEUCLIP_PROCESSES:-}" ]; then
         RANKS="$NEUCLIP_PROCESSES"
