@@ -32,6 +32,7 @@ from training.checkpoint import Continuation, check_whole, newest_checkpoint, re
 from training.checkpoint_writer import CheckpointWriter
 from training.data import NoUsableSamplesError, check_train_data
 from training.distributed import World
+from training.dry_run import dry_run
 from training.errors import OneRankError, OtherRankError, UserError
 from training.evaluate import Evaluator
 from training.failures import END_SECONDS, FailureWatch, end_process
@@ -100,10 +101,12 @@ def _run(args: Namespace, signals: Signals, started: float) -> int:
         failures = FailureWatch(world, args.dist_url)
         signals.end = partial(failures.end_all, status=EXIT_INTERRUPTED, what="was asked to end")
         status = 0
-        if args.bench_data is None:
-            status = train(args, world, signals, failures, started)
-        else:
+        if args.dry_run is not None:
+            dry_run(args, world)
+        elif args.bench_data is not None:
             bench_data(args, world)
+        else:
+            status = train(args, world, signals, failures, started)
     except OtherRankError as error:
         # That rank tells why, and ends this process through its note.
         time.sleep(END_SECONDS)
