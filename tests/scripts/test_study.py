@@ -36,7 +36,8 @@ FAKE = """
     (folder / "params.txt").write_text("".join(f"{name.replace('-', '_')}: {value}\\n" for name, value in flags.items()))
     best = {"siglip": 8e-3, "amorlip": 1e-3}.get(flags["objective"], 2e-3)
     score = 1 - abs(float(flags["lr"]) - best)
-    line = {"epoch": int(flags["epochs"]), "image_to_text_R@1": score, "text_to_image_R@1": score}
+    recalls = {f"{way}_R@{k}": score for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
+    line = {"epoch": int(flags["epochs"]), **recalls}
     (folder / "results.jsonl").write_text(json.dumps(line) + "\\n")
 """
 
