@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from evaluation import normalizer_error
+from evaluation.comparison import commands as figures
 from evaluation.comparison.tables import Cell, Column, Table, markdown, with_best, write_table
+from study.errors import StudyError
 from study.measure import FILE
 from study.runs import BATCH_SIZES, METHODS, SEEDS, Run, Setup, ablation_runs
 from study.tuning import Case
@@ -22,6 +25,7 @@ HEADLINES = {
     "retrieval_concept/retrieval/text_to_image_R@1": "names R@1 t→i",
     "zeroshot/top1": "zero-shot top-1",
 }
+CURVES = ("image_to_text_R@1", "text_to_image_R@1", "zeroshot-val-top1", "contrastive_loss", "temperature")
 # Steps at the beginning of a run that no time is taken from.
 _SKIPPED_STEPS = 50
 
@@ -44,13 +48,36 @@ def write_report(setup: Setup, rates: Mapping[Case, float], out: Path) -> list[P
         "comparison": comparison_table(setup, rates),
         "tuning": tuning_table(setup),
         "ablations": ablation_table(setup, rates),
-        "cost": cost_table(setup, rates),
+        "cost": cost_table(setup),
     }
     written = [path for name, table in tables.items() if table.rows for path in write_table(table, out, name)]
     for table in tables.values():
         print(markdown(table))
     print("wrote " + ", ".join(map(str, written)))
     return written
+
+
+def write_figures(setup: Setup, out: Path) -> None:
+    """Curves over samples seen, and the error of the normalizers over training, for each batch size.
+
+    Raises:
+        StudyError: one of the tools has failed; it has said why.
+    """
+    for size in BATCH_SIZES:
+        runs = [run for method in METHODS for run in _finished(setup, f"{method}-b{size}")]
+        first = [run for run in runs if run.name.endswith(f"-s{SEEDS[0]}")]
+        if not first:
+            continue
+        metrics = [word for name in CURVES for word in ("--metric", name)]
+        words = ["curves", *map(str, runs), *metrics, "--out", str(out / f"curves-b{size}")]
+        _call("curves", figures.main, words)
+        words = ["--train_output_dir", *map(str, first), "--workers", "1", "--out", str(out / f"error-b{size}")]
+        _call("normalizer error", normalizer_error.main, words)
+
+
+def _call(what: str, tool: Callable[[list[str]], int], words: list[str]) -> None:
+    if tool(words) != 0:
+        raise StudyError(f"{what}: the command failed, see above")
 
 
 def comparison_table(setup: Setup, rates: Mapping[Case, float]) -> Table:
@@ -89,7 +116,7 @@ def tuning_table(setup: Setup) -> Table:
     return Table(columns, rows)
 
 
-def cost_table(setup: Setup, rates: Mapping[Case, float]) -> Table:
+def cost_table(setup: Setup) -> Table:
     """Time of a step by the runs' own timers, over all seeds."""
     columns = [
         *(Column("batch", "batch"), Column("method", "method"), Column("step", "ms per step", ".0f", 1000.0)),

@@ -22,7 +22,7 @@ if not __package__:
 from study.errors import StudyError
 from study.lanes import Job, gpus, lanes_of_this_machine, work_off
 from study.measure import is_measured
-from study.report import write_report
+from study.report import write_figures, write_report
 from study.runs import SEEDS, Run, Setup, ablation_runs, comparison_runs
 from study.training import is_finished, train_all
 from study.tuning import Case, best_rates, tune
@@ -73,6 +73,7 @@ def run_part(part: str, setup: Setup, out: Path, lanes: int) -> None:
         measure(setup, read_rates(setup), lanes)
     else:
         write_report(setup, read_rates(setup), out)
+        write_figures(setup, out)
 
 
 def measure(setup: Setup, rates: dict[Case, float], lanes: int) -> None:
