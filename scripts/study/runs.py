@@ -13,7 +13,7 @@ METHODS = ("openclip", "siglip", "fastclip", "amorlip", "neuclip")
 BATCH_SIZES = (128, 512)
 SEEDS = (0, 1, 2)
 # Learning rates are tried from these on; where the best lies at an end, the next one beyond is tried too.
-LEARNING_RATES = (1e-3, 2e-3, 4e-3)
+LEARNING_RATES = (5e-4, 1e-3, 2e-3)
 FURTHEST = (1.25e-4, 1.6e-2)
 
 # One restart of the prototypes per so many samples, whatever the batch: T_r = 500 at a batch of 128.
