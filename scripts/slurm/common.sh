@@ -57,7 +57,8 @@ machine (scripts/torchrun.sh DATASET METHOD)"
         [[ ! "$VALUE" =~ ^[1-9][0-9]*$ ]] || RANKS="$VALUE"
         [ -n "$RANKS" ] ||
             die "$0 has no lines '#SBATCH --nodes=N' and '#SBATCH --ntasks-per-node=N': say for how many ranks, --dry-run RANKS"
-        flags=()
+        # A run of this name may be there, and would go on.
+        flags=(--resume latest)
         last=(--dry-run "$RANKS")
     fi
     if ! given --train-data "$@"; then

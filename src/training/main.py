@@ -315,6 +315,10 @@ def _write_plan(args: Namespace, world: World, folder: RunFolder, training: Trai
     if not world.is_main:
         return
     try:
+        changed = folder.changed_flags(args)
+        if changed:
+            # The same command with other flags is as likely meant as another run, for which its --name was not changed.
+            logging.warning("run %s goes on with other flags than before: %s", args.name, "; ".join(changed))
         folder.write_params(args)
         copy_model_configs(args.model_config, folder.model_configs)
     except OSError as error:

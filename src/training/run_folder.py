@@ -77,6 +77,22 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"--logs {self.path.parent}: cannot make {self.checkpoints} ({error.strerror})") from None
 
+    def changed_flags(self, args: Namespace) -> list[str]:
+        """How flags differ from those in params.txt, each "name: before → now"; empty where there is no such file.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        file = self.path / "params.txt"
+        if not file.exists():
+            return []
+        written: dict[str, str] = {}
+        for line in file.read_text(encoding="utf-8").splitlines():
+            # The first of a name: a text of several lines may look like other flags.
+            written.setdefault(*line.partition(": ")[::2])
+        now = {name: (str(value).splitlines() or [""])[0] for name, value in sorted(vars(args).items())}
+        return [f"{name}: {written[name]} → {value}" for name, value in now.items() if written.get(name, value) != value]
+
     def write_params(self, args: Namespace) -> None:
         """Write every resolved flag to params.txt, one `name: value` a line; earlier ones are kept as params_1.txt, …
 

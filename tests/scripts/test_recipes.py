@@ -332,7 +332,7 @@ def test_dry_run_needs_no_slurm(launch: Launch, tmp_path: Path) -> None:
     variables = {**NO_SLURM, "TRAIN_DATA": None}
     words = launch(script("dfn192m", "amorlip"), "--dry-run", **variables).words("python", "-u")
     args = parse_args(words)
-    assert (args.dry_run, args.batch_size, args.train_data, args.resume) == (8, 640, None, None)
+    assert (args.dry_run, args.batch_size, args.train_data, args.resume) == (8, 640, None, "latest")
     assert not args.requeue_on_signal
     larger = tmp_path / "larger.sbatch"
     larger.write_text(script("dfn192m", "amorlip").read_text().replace("--nodes=2", "--nodes=4"))
@@ -350,7 +350,7 @@ def test_dry_run_needs_no_slurm(launch: Launch, tmp_path: Path) -> None:
 
 def test_dry_run_in_a_job_is_by_all_its_tasks(launch: Launch) -> None:
     args = launch(script("cc12m", "neuclip"), "--dry-run", SLURM_NTASKS="4").args
-    assert (args.dry_run, args.batch_size, args.resume, args.requeue_on_signal) == (4, 512, None, False)
+    assert (args.dry_run, args.batch_size, args.resume, args.requeue_on_signal) == (4, 512, "latest", False)
 
 
 def test_torchrun_runs_the_same_recipe(launch: Launch, tmp_path: Path) -> None:
