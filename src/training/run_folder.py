@@ -91,7 +91,9 @@ class RunFolder:
             # The first of a name: a text of several lines may look like other flags.
             written.setdefault(*line.partition(": ")[::2])
         now = {name: (str(value).splitlines() or [""])[0] for name, value in sorted(vars(args).items())}
-        return [f"{name}: {written[name]} → {value}" for name, value in now.items() if written.get(name, value) != value]
+        return [
+            f"{name}: {written[name]} → {value}" for name, value in now.items() if written.get(name, value) != value
+        ]
 
     def write_params(self, args: Namespace) -> None:
         """Write every resolved flag to params.txt, one `name: value` a line; earlier ones are kept as params_1.txt, …

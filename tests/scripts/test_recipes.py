@@ -160,6 +160,15 @@ def test_recipe_says_what_was_published(dataset: str, method: str, launch: Launc
     assert args.train_num_samples == pytest.approx(published.pairs * 1e6, rel=0.01)
     assert args.data_size >= args.train_num_samples
     assert (args.train_num_samples, args.data_size) == KEYS.get(dataset, (args.train_num_samples, args.data_size))
+    # What no recipe says and all releases take from open_clip: betas and epsilon of AdamW, by the kind of model.
+    adam = (0.9, 0.999, 1e-8) if published.model == "RN50" else (0.9, 0.98, 1e-6)
+    assert (args.optimizer, args.beta1, args.beta2, args.eps) == ("adamw", *adam)
+    assert (args.lr_scheduler, args.lr_min, args.accum_freq, args.use_bn_sync) == ("cosine", 0.0, 1, False)
+    assert (args.grad_clip_norm, args.aug_cfg, args.dataset_resampled) == (
+        1.0 if method == "amorlip" else None,
+        {},
+        False,
+    )
     # The run lives through interruptions, and its epochs stay.
     assert (args.resume, args.requeue_on_signal, args.save_every_minutes) == ("latest", True, 30)
     assert (args.save_frequency, args.stop_epochs) == (1, args.epochs)
