@@ -10,9 +10,11 @@ import shutil
 from argparse import Namespace
 from datetime import datetime
 from pathlib import Path
+from typing import IO
 
 from training.atomic_files import replacing
 from training.errors import UserError
+from training.run_lock import lock_run
 
 
 class RunFolder:
@@ -26,6 +28,7 @@ class RunFolder:
     def __init__(self, logs: str, name: str) -> None:
         self.path = Path(logs) / name
         self.name = name
+        self._lock: IO[str] | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -76,6 +79,20 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--logs {self.path.parent}: cannot make {self.checkpoints} ({error.strerror})") from None
+
+    def hold(self) -> None:
+        """Be the only process that trains this run, until `release`.
+
+        Raises:
+            UserError: another one does.
+        """
+        self._lock = lock_run(self.path)
+
+    def release(self) -> None:
+        """Leave the run to others; nothing happens where it is not held."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def changed_flags(self, args: Namespace) -> list[str]:
         """How flags differ from those in params.txt, each "name: before → now"; empty where there is no such file.
