@@ -24,7 +24,7 @@ while [[ "${1:-}" = --* ]]; do
     shift
 done
 script="${1:-}"
-[ -f "$script" ] || die "which run? there is no script '$script': give one of scripts/slurm/*/*.sbatch (see --help)"
+[ -f "$script" ] || die "which run? there is no script '$script': give one of scripts/slurm/*/*.sbatch, before it options as --name=value (see --help)"
 command -v sbatch > /dev/null || die "there is no sbatch here: call this where you submit jobs"
 shift
 

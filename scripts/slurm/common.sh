@@ -4,8 +4,8 @@ die() { printf 'error: %s\n' "$*" >&2; exit 2; }
 
 SCRIPT="$(realpath "$0")"
 # Batch scripts are copied to a spool folder before they run; the checkout is where sbatch was called.
-cd "${NEUCLIP_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}" || exit 1
-[ -f src/training/main.py ] || { echo "error: submit from the checkout, or set NEUCLIP_ROOT to it (now $PWD)" >&2; exit 1; }
+cd "${NEUCLIP_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}" || exit 2
+[ -f src/training/main.py ] || die "submit from the checkout, or set NEUCLIP_ROOT to its path (now $PWD)"
 
 VENV="${VIRTUAL_ENV:-${NEUCLIP_VENV:-$PWD/.venv}}"
 [ ! -f "$VENV/bin/activate" ] || source "$VENV/bin/activate"
@@ -37,14 +37,16 @@ train() {
     # A link of scripts/slurm/chain.sh: the next one is in the queue already.
     [ -z "${NEUCLIP_CHAIN:-}" ] || flags=(--resume latest --save-every-minutes 30)
     if [ -n "${SLURM_JOB_ID:-}" ]; then
-        RANKS="${SLURM_NTASKS:?has not been set by slurm: ask for --ntasks-per-node, as the top of the script does}"
+        RANKS="${SLURM_NTASKS:-}"
+        [ -n "$RANKS" ] || die "SLURM_NTASKS has not been set by slurm: ask for --ntasks-per-node, as the top of the script does"
+        check_job "$@"
         start=(srun --kill-on-bad-exit=1 python -u)
     elif [ -n "${NEUCLIP_PROCESSES:-}" ]; then
         RANKS="$NEUCLIP_PROCESSES"
         start=(python -m torch.distributed.run --standalone --nproc-per-node "$RANKS" --)
         flags=(--resume latest --save-every-minutes 30)
     elif given --dry-run "$@"; then
-        RANKS=$(($(asked nodes) * $(asked ntasks-per-node)))
+        RANKS="$(asked_ranks)"
         start=(python -u)
     else
         die "there is no slurm job: submit this script (sbatch $0), add --dry-run to try it here, or train on the GPUs of this \
@@ -53,7 +55,10 @@ machine (scripts/torchrun.sh DATASET METHOD)"
     if given --dry-run "$@"; then
         # --dry-run 16 tries what each of 16 ranks would have to do.
         [[ ! "$VALUE" =~ ^[1-9][0-9]*$ ]] || RANKS="$VALUE"
-        flags=()
+        [ -n "$RANKS" ] ||
+            die "$0 has no lines '#SBATCH --nodes=N' and '#SBATCH --ntasks-per-node=N': say for how many ranks, --dry-run RANKS"
+        # A run of this name may be there, and would go on.
+        flags=(--resume latest)
         last=(--dry-run "$RANKS")
     fi
     if ! given --train-data "$@"; then
@@ -75,6 +80,19 @@ machine (scripts/torchrun.sh DATASET METHOD)"
     # were it requeued from here, one that a person has ended would come back.
     [ "$status" != 75 ] || echo "interrupted: unless slurm requeues the job, submit it again to go on" >&2
     [ "$status" = 0 ] || exit "$status"
+}
+
+# check_job FLAGS... : what would train something other than was meant, or on fewer GPUs.
+check_job() {
+    local gpus="${SLURM_GPUS_ON_NODE:-}" tasks="${SLURM_NTASKS_PER_NODE:-}" task="${SLURM_ARRAY_TASK_ID:-}"
+    given --name "$@" || :
+    if [ -n "$task" ] && [ -z "${NEUCLIP_CHAIN:-}" ] && [[ ! "$VALUE" =~ (^|[-_.])"$task"($|[-_.]) ]]; then
+        die "all jobs of an array would train the run $VALUE: chain them by scripts/slurm/chain.sh, or name a run for each in the \
+script, --name $VALUE-\$SLURM_ARRAY_TASK_ID"
+    fi
+    [[ "$gpus" =~ ^[0-9]+$ && "$tasks" =~ ^[0-9]+$ ]] || return 0
+    [ "$gpus" -ge "$tasks" ] || die "$tasks tasks on a node with $gpus GPUs: ask for as many, --ntasks-per-node=$gpus --gres=gpu:$gpus"
+    [ "$gpus" = "$tasks" ] || echo "note: $gpus GPUs on a node and $tasks tasks, one GPU each: --ntasks-per-node=$gpus uses all" >&2
 }
 
 # share_batch FLAGS... : sets BATCH_SIZE, samples of a rank's (micro-)batch, so that a step has GLOBAL_BATCH of them.
@@ -102,8 +120,15 @@ given() {
     return "$found"
 }
 
+# asked_ranks : the number of tasks that the running script asks of slurm; nothing if it does so in another way.
+asked_ranks() {
+    local nodes tasks
+    nodes="$(asked nodes)" tasks="$(asked ntasks-per-node)"
+    [ -z "$nodes" ] || [ -z "$tasks" ] || echo $((nodes * tasks))
+}
+
 # asked OPTION : a number that the running script asks of slurm.
-asked() { sed -n "s/^#SBATCH --$1=\([0-9]*\)$/\1/p" "$SCRIPT"; }
+asked() { sed -n "s/^#SBATCH  *--$1[= ]\([1-9][0-9]*\)\( .*\)\{0,1\}$/\1/p" "$SCRIPT" | tail -n 1; }
 
 # evaluate FLAGS... : our suite, one process per task.
 evaluate() {

@@ -153,6 +153,15 @@ def train(args: Namespace, world: World, signals: Signals, failures: FailureWatc
     """
     args.name = world.from_main(args.name or default_name(args))
     folder = RunFolder(args.logs, args.name)
+    try:
+        return _train(args, folder, world, signals, failures, started)
+    finally:
+        folder.release()
+
+
+def _train(
+    args: Namespace, folder: RunFolder, world: World, signals: Signals, failures: FailureWatch, started: float
+) -> int:
     world.check_together(lambda: _check_inputs(args, folder, world))
 
     bundle = world.check_together(lambda: build_model(args, OBJECTIVES[args.objective], world.device))
@@ -315,6 +324,10 @@ def _write_plan(args: Namespace, world: World, folder: RunFolder, training: Trai
     if not world.is_main:
         return
     try:
+        changed = folder.changed_flags(args)
+        if changed:
+            # The same command with other flags is as likely meant as another run, for which its --name was not changed.
+            logging.warning("run %s goes on with other flags than before: %s", args.name, "; ".join(changed))
         folder.write_params(args)
         copy_model_configs(args.model_config, folder.model_configs)
     except OSError as error:
@@ -341,6 +354,7 @@ def _check_inputs(args: Namespace, folder: RunFolder, world: World) -> None:
         if args.remote_sync:
             Remote(args.remote_sync, folder.name).check(args.resume)
         folder.create()
+        folder.hold()
         remove_leftovers(folder.checkpoints)
         if args.resume == "latest" and args.remote_sync:
             # Before anything is written here that the remote copy has too.

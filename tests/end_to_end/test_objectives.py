@@ -71,7 +71,7 @@ def test_run_folder_is_complete(run: Run, corpus: Corpus) -> None:
     objective, _, folder, _ = run
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     checkpoints = {f"checkpoints/epoch_{number}.pt{end}" for number in range(1, EPOCHS + 1) for end in ("", ".json")}
-    logs = ("params.txt", "out.log", "metrics.jsonl", "results.jsonl", "data_report.json")
+    logs = (".lock", "params.txt", "out.log", "metrics.jsonl", "results.jsonl", "data_report.json")
     expected = {*logs, f"model_configs/{MODEL}.json", *checkpoints}
     assert files == expected
     assert (folder / "model_configs" / f"{MODEL}.json").read_bytes() == Path(corpus.model_config).read_bytes()
