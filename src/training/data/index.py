@@ -199,7 +199,7 @@ def _add_keys(args: argparse.Namespace) -> int:
     found, added = add_keys(local_shards(args.pattern), args.first_key or 0, args.out, args.workers)
     print(f"{added:,} keys written, {found.keys.count - added:,} were there")
     if found.without_object:
-        print(f"{found.without_object:,} samples are left without a key: their .json is no JSON object")
+        print(f"{found.without_object:,} samples are left without a key: their .json is no JSON object, or too long")
     _print_sizes(write_sizes(found.samples))
     _print_flags(found.total, found.keys)
     return 0
