@@ -145,6 +145,8 @@ def add_keys(paths: Sequence[str], first: int, out: str | None, workers: int) ->
         OSError: something cannot be written; the shards are as they were, or have their keys.
     """
     targets = _targets(paths, out)
+    for folder in dict.fromkeys(map(os.path.dirname, [*targets, *([] if out is not None else paths)])):
+        check_writable(folder, "--add-keys" if out is None else f"--out {out}")
     found, given = _plan(paths, first, workers)
     _remove_leftovers(targets)
     tasks = [task for task in _tasks(paths, targets, first, found) if out is not None or found.lacking[task.path]]
@@ -156,6 +158,25 @@ def add_keys(paths: Sequence[str], first: int, out: str | None, workers: int) ->
     if out is not None:
         found.samples = dict(zip(targets, found.samples.values()))
     return found, added
+
+
+def check_writable(folder: str, flag: str) -> None:
+    """Finds out before hours of reading that a folder, or one that is still to be made, cannot be written to.
+
+    Args:
+        flag: the flag that wants it and its value, for the message.
+
+    Raises:
+        UserError: it cannot, as far as can be seen.
+    """
+    there = os.path.abspath(folder)
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there):
+        raise UserError(f"{flag}: {there} is no folder; give another one")
+    if not os.access(there, os.W_OK | os.X_OK):
+        remedy = "give --out DIR" if flag == "--add-keys" else "give another folder"
+        raise UserError(f"{flag}: the folder {there} cannot be written to; {remedy}")
 
 
 def _key_in(facts: bytes) -> int:
