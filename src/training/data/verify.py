@@ -32,8 +32,8 @@ BAD_FACTS = "json is no JSON object"
 BAD_KEY = "key is no integer of 0 to 2^63 - 1"
 LARGE_KEY = f"key is more than {LARGEST_KEY}"
 KEY_TWICE = "key comes twice"
-# So many broken samples of a shard are named in the report.
-_NAMED = 5
+# So many broken samples of a shard are named in the report, by so many characters of their names.
+_NAMED, _LONGEST_NAME = 5, 200
 
 
 @dataclass
@@ -63,7 +63,8 @@ class ShardReport:
         """Counts something that is wrong with a sample."""
         self.problems[problem] += 1
         if len(self.examples) < _NAMED:
-            self.examples.append(f"{name}: {problem}")
+            # A name may hold anything: half characters cannot be printed, and others tell a terminal what to do.
+            self.examples.append(f"{ascii(name)[1:-1][:_LONGEST_NAME]}: {problem}")
 
     @property
     def sound(self) -> bool:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 
 from training.data.index import main
+from training.data.verify import verify_shard
 from training.params import parse_args
 
 
@@ -126,6 +130,38 @@ def test_a_sizes_file_that_makes_no_sense_is_told_before_shards_are_read(
     monkeypatch.setattr("training.data.verify.verify_shard", None)
     assert main([f"{tmp_path}::{tmp_path}/more", "--verify", "--workers", "1"]) == 1
     assert "more/sizes.json is not of the form" in capsys.readouterr().err
+
+
+def test_names_that_cannot_be_printed(tmp_path: Path, kit) -> None:
+    """Bytes that are no utf-8, and those that a terminal takes for orders."""
+    with tarfile.open(tmp_path / "0.tar", "w", encoding="utf-8") as tar:
+        for name in ("a\udcff.txt", "\x1b[2J.txt", "n" * 9000 + ".txt"):
+            tar.addfile(tarfile.TarInfo(name))
+    done = subprocess.run(
+        [sys.executable, "-m", "training.data.index", str(tmp_path), "--verify", "--workers", "1"],
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "(such as a\\udcff: no image)" in done.stdout
+    assert max(map(len, verify_shard(str(tmp_path / "0.tar"), False)[0].examples)) < 300
+    assert all(line.isprintable() for line in done.stdout.splitlines())
+
+
+def test_an_interruption_says_what_the_same_command_does(
+    tmp_path: Path, kit, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kit.write_shards(tmp_path, [2])
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.data.shard_pool._results", interrupted)
+    for how, what in (("--add-keys", "goes on"), ("--verify", "begins anew"), ("--check", "begins anew")):
+        assert main([str(tmp_path), how]) == 130
+        assert capsys.readouterr().err.startswith(f"interrupted: the same command {what}")
 
 
 @pytest.mark.parametrize(
