@@ -236,18 +236,28 @@ def _tasks(paths: Sequence[str], targets: Sequence[str], first: int, found: Foun
 def _convert(shard: KeyedShard) -> int:
     """Writes a shard with keys, unless it is there already; returns the number of keys written."""
     before = read_shard_keys(shard.path).keys
-    wanted = np.where(before == NO_KEY, shard.first + np.arange(len(before)), before)
-    if os.path.exists(shard.target) and os.path.getmtime(shard.target) >= os.path.getmtime(shard.path):
-        there = read_shard_keys(shard.target)
-        if there.damage is None and np.array_equal(there.keys, wanted):
-            return 0
+    lacking = before == NO_KEY
+    if os.path.realpath(shard.path) == shard.target:
+        done = not lacking.any()
+    else:
+        done = _is_there(shard, np.where(lacking, shard.first + np.arange(len(before)), before))
+    if done:
+        return 0
     try:
-        write_keys(shard, before == NO_KEY)
+        write_keys(shard, lacking)
     except OSError as error:
         if error.filename is None and error.errno is not None:  # A full disk does not say of which file.
             raise OSError(f"{shard.target} cannot be written: {error.strerror}") from None
         raise
-    return int((before == NO_KEY).sum())
+    return int(lacking.sum())
+
+
+def _is_there(shard: KeyedShard, wanted: np.ndarray) -> bool:
+    """Whether a target of its own has been written since the shard was, with these keys."""
+    if not os.path.exists(shard.target) or os.path.getmtime(shard.target) < os.path.getmtime(shard.path):
+        return False
+    there = read_shard_keys(shard.target)
+    return there.damage is None and np.array_equal(there.keys, wanted)
 
 
 def _remove_leftovers(targets: Sequence[str]) -> None:
