@@ -82,6 +82,10 @@ def main(argv: list[str] | None = None) -> int:
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        # A full disk, say: the unfinished folder has been removed, and what stood at --out is still there.
+        print(f"error: --out {args.out} cannot be built ({error}); mend that and run again", file=sys.stderr)
+        return 1
     print_summary(args.out, manifest)
     print(f"built in {time.monotonic() - started:.0f} s")
     return 0

@@ -24,6 +24,9 @@ case "$scale" in
     *) die "$scale is no scale with a published list of uids: give medium, large or xlarge" ;;
 esac
 [ ! -e "$out" ] || [ -d "$out" ] || die "$out is not a folder: give another one"
+# What is there would be taken for parts of the other list.
+begun="$(cat "$out/scale" 2> /dev/null || printf '%s' "$scale")"
+[ "$begun" = "$scale" ] || die "$out was begun with the scale $begun: give another folder for $scale"
 [ -n "${DATACOMP:-}" ] || die "DATACOMP is not set: git clone https://github.com/mlfoundations/datacomp and set it to the folder"
 datacomp="$(absolute "$here" "$DATACOMP")"
 [ -f "$datacomp/download_upstream.py" ] || die "DATACOMP=$DATACOMP has no download_upstream.py: give a checkout of DataComp's code"
@@ -34,6 +37,7 @@ prepare_python
 install_once training -r requirements-training.txt
 
 mkdir -p "$out"
+printf '%s\n' "$scale" > "$out/scale"
 if [ ! -s "$out/uids.npy" ]; then
     say "uids: $list"
     curl --fail --location --continue-at - --output "$out/uids.npy.part" \

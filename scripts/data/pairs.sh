@@ -21,6 +21,10 @@ list_with_header() {
         *$'\t'*) ;;
         *) die "$tsv: its first line has no tab; give the .tsv with ${columns/$'\t'/ and } in each line" ;;
     esac
+    if [ "$tsv" -ef "$target" ]; then
+        [ "$first" = "$columns" ] || die "$tsv is where the list with named columns goes: move it, or name the folder for the shards otherwise"
+        return
+    fi
     if [ -s "$target" ] && [ ! "$tsv" -nt "$target" ]; then return; fi
     if [ "$first" = "$columns" ]; then cp "$tsv" "$target.part"; else { printf '%s\n' "$columns"; cat "$tsv"; } > "$target.part"; fi
     mv "$target.part" "$target"

@@ -87,7 +87,10 @@ class _Crew:
             except queue.Empty:
                 return
             began = time.monotonic()
-            status = self._do(job, lane)
+            try:
+                status: int | str = self._do(job, lane)
+            except OSError as error:  # A full disk, or no memory for one more process.
+                status = f"not begun ({error})"
             print(f"{job.name}: status {status} after {time.monotonic() - began:.0f} s", flush=True)
             if status != 0 and not self.stopped:
                 self.failed.append(job)

@@ -19,6 +19,8 @@ from pathlib import Path
 if not __package__:
     sys.path[:1] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2] / "src")]
 
+from evaluation.errors import UserError
+from evaluation.whole_files import write_whole
 from study.errors import StudyError
 from study.lanes import Job, gpus, lanes_of_this_machine, work_off
 from study.measure import is_measured
@@ -128,7 +130,7 @@ def _write_rates(setup: Setup, scores: dict[Case, dict[float, float]]) -> None:
         }
         for (method, size), found in scores.items()
     ]
-    _rates_file(setup).write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    write_whole(_rates_file(setup), json.dumps(entries, indent=1) + "\n")
     for entry in entries:
         print(f"{entry['method']} at batch {entry['batch_size']}: lr {entry['lr']:g} of {entry['scores']}", flush=True)
 
@@ -147,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for part in PARTS if args.part == "all" else (args.part,):
             print(f"==> {part}", flush=True)
             run_part(part, setup, args.out, lanes)
-    except StudyError as error:
+    except (StudyError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

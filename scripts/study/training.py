@@ -10,8 +10,13 @@ from study.errors import StudyError
 from study.lanes import Job, work_off
 from study.runs import Run
 
-# What a run is known by; a change of the others (workers, where files lie) leaves it the same run.
-_TELLING = ("objective", "epochs", "batch-size", "lr", "seed")
+# A change of these leaves a run the same. The precision is the machine's, and a run may be measured on another one.
+_FREE = frozenset(
+    {"logs", "resume", "model-config", "precision", "workers", "log-every-n-steps"}
+    | {"save-every-minutes", "save-frequency", "keep-last"}
+)
+# Of these only the last part counts: data may be moved.
+_PATHS = frozenset({"train-data", "val-data", "zeroshot-data"})
 
 
 def train_all(runs: Sequence[Run], logs: Path, lanes: int) -> None:
@@ -45,16 +50,19 @@ def is_finished(run: Run, logs: Path) -> bool:
 def _check_same(run: Run, folder: Path) -> None:
     lines = (folder / "params.txt").read_text(encoding="utf-8").splitlines()
     params = dict(line.split(": ", 1) for line in lines if ": " in line)
-    for flag in _TELLING:
-        asked, had = run.flags[flag], params.get(flag.replace("-", "_"), "nothing")
-        if _comparable(asked) != _comparable(had):
+    for flag, asked in run.flags.items():
+        had = params.get(flag.replace("-", "_"), "nothing")
+        if flag not in _FREE and _comparable(flag, asked) != _comparable(flag, had):
             raise StudyError(
-                f"{folder} was trained with {flag} {had}, not {asked}: move it away or choose another --logs"
+                f"{folder} was trained with {flag} {had}, not {asked or 'True'}: move it away or choose another --logs"
             )
 
 
-def _comparable(text: str) -> float | str:
+def _comparable(flag: str, text: str) -> float | str:
+    """A flag's value as it is given here, where a switch has none, and as it stands in params.txt, in one form."""
+    if flag in _PATHS:
+        return Path(text).name
     try:
         return float(text)
     except ValueError:
-        return text
+        return text or "True"

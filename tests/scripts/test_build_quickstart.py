@@ -206,7 +206,9 @@ def test_an_interrupted_build_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_build_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGHUP])
+def test_a_killed_build_leaves_nothing(tmp_path: Path, told: signal.Signals) -> None:
+    """By kill, and by a connection that is lost."""
     command = [sys.executable, str(SCRIPTS / "build_quickstart.py"), "--out", str(tmp_path / "data")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 20
@@ -214,9 +216,9 @@ def test_a_killed_build_leaves_nothing(tmp_path: Path) -> None:
         time.sleep(0.02)
     assert [path.name.startswith(".data-unfinished-") for path in tmp_path.iterdir()] == [True]
     time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(told)
     process.communicate(timeout=20)
-    assert process.returncode == 143
+    assert process.returncode == 128 + told
     assert list(tmp_path.iterdir()) == []
 
 

@@ -6,7 +6,9 @@ import importlib.util
 import io
 import json
 import random
+import subprocess
 import sys
+import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -357,17 +359,42 @@ def test_a_finished_build_is_left_alone(
     assert {path: path.stat().st_mtime_ns for path in built.rglob("*")} == before
 
 
-@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError("disk full")])
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_an_interrupted_build_leaves_nothing(
-    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: type[BaseException] | BaseException
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException, capsys
 ) -> None:
     def render_half(*_: object) -> None:
         raise failure
 
     monkeypatch.setattr(dataset, "render_icons", render_half)
-    with pytest.raises((KeyboardInterrupt, OSError)):
-        build_study.main(["--out", str(tmp_path / "data"), "--package", str(package), "--workers", "2"])
+    flags = ["--out", str(tmp_path / "data"), "--package", str(package), "--workers", "2"]
+    if isinstance(failure, OSError):
+        assert build_study.main(flags) == 1
+        error = capsys.readouterr().err
+        assert (error[:7], "No space left" in error, error.count("\n")) == ("error: ", True, 1)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            build_study.main(flags)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_workers_that_have_just_begun_can_be_ended() -> None:
+    """A signal that they lost, while they were forked, would keep the builder waiting for ever."""
+    program = textwrap.dedent(f"""
+        import sys
+        sys.path.insert(0, {str(Path(build_study.__file__).parent)!r})
+        from building.folder import exit_when_told
+        from building.rendering import worker_pool
+        for _ in range(50):
+            try:
+                with exit_when_told(), worker_pool(3):
+                    raise KeyboardInterrupt
+            except KeyboardInterrupt:
+                pass
+            with worker_pool(2) as map_jobs:
+                assert map_jobs(abs, [-1, 2]) == [1, 2]
+    """)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 def test_data_of_the_other_builder_is_not_replaced(

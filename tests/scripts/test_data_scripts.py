@@ -167,6 +167,7 @@ def test_the_whole_way_to_the_flags_of_training(place: Path) -> None:
         ("text.tsv out", "its first line has no tab"),
         ("cc3m.tsv cc3m.tsv", "give the folder for the shards"),
         ("cc3m.tsv file", "file is not a folder"),
+        ("cc3m.tsv cc3m", "cc3m.tsv is where the list with named columns goes"),
         ("cc3m.tsv out --number_sample_per_shard 5", "it stays at 10000"),
     ],
 )
@@ -179,6 +180,13 @@ def test_mistakes(place: Path, flags: str, message: str) -> None:
     assert message in done.stderr
     assert (done.stderr.count("\n"), done.stderr[:7]) == (1, "error: ")
     assert not (place / "calls").exists()
+
+
+def test_the_list_with_named_columns_can_be_given_again(place: Path) -> None:
+    assert call(place, "cc3m.sh", "cc3m.tsv", "out").returncode == 0
+    text = (place / "out.tsv").read_text()
+    assert call(place, "cc3m.sh", "out.tsv", "out").returncode == 0
+    assert (place / "out.tsv").read_text() == text
 
 
 def test_without_img2dataset(place: Path) -> None:
@@ -219,6 +227,10 @@ def test_dfn_fetches_the_images_of_the_list_alone(place: Path) -> None:
     (out / "shards" / "sizes.json").write_text("{}")
     assert call(place, "dfn.sh", "medium", "out", **variables).returncode == 0
     assert calls(place)[3:] == [images[:-1]]
+    # Another list does not go on with this one's.
+    done = call(place, "dfn.sh", "large", "out", **variables)
+    assert (done.returncode, "out was begun with the scale medium" in done.stderr) == (1, True)
+    assert len(calls(place)) == 4
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,15 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from study import lanes, report, runs, training, tuning
+from study import lanes, measure, report, runs, training, tuning
 from study.errors import StudyError
 from training.params import parse_args
+from training.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,7 +35,8 @@ FAKE = """
     if flags["seed"] == "8":
         print("training", flush=True)
         time.sleep(60)
-    (folder / "params.txt").write_text("".join(f"{name.replace('-', '_')}: {value}\\n" for name, value in flags.items()))
+    params = [f"{name.replace('-', '_')}: {value or True}\\n" for name, value in flags.items()]
+    (folder / "params.txt").write_text("".join(params))
     best = {"siglip": 8e-3, "amorlip": 5e-4}.get(flags["objective"], 1e-3)
     score = 1 - abs(float(flags["lr"]) - best)
     recalls = {f"{way}_R@{k}": score for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
@@ -131,6 +134,75 @@ def test_a_folder_with_another_run_is_refused(setup: runs.Setup) -> None:
     other = runs.training_run(setup, "openclip-b128-s0", "openclip", 128, 2e-3, 0)
     with pytest.raises(StudyError, match=r"was trained with lr 0\.001, not 0\.002"):
         training.train_all([other], setup.logs, lanes=1)
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_folder_of_other_data_or_of_another_variant_is_refused(setup: runs.Setup) -> None:
+    """Runs with fewer pairs, or of an ablation that has been redefined, are not taken for these; moved data is."""
+    run = runs.tuning_run(setup, "fastclip", 128, 1e-3)
+    training.train_all([run], setup.logs, lanes=1)
+    fewer = replace(setup, pairs=100)
+    with pytest.raises(StudyError, match=r"train-data .*00001\}\.tar, not .*00000\}\.tar"):
+        training.is_finished(runs.tuning_run(fewer, "fastclip", 128, 1e-3), setup.logs)
+    with pytest.raises(StudyError, match=r"was trained with gamma 0\.2, not 0\.4"):
+        training.is_finished(replace(run, flags={**run.flags, "gamma": "0.4"}), setup.logs)
+    moved = setup.data.rename(setup.data.with_name("moved"))
+    assert training.is_finished(runs.tuning_run(replace(setup, data=moved), "fastclip", 128, 1e-3), setup.logs)
+    other = {"workers": "3", "precision": "amp_bf16", "eps": "0.000001", "multiply_tau": ""}
+    assert training.is_finished(replace(run, flags={**run.flags, **other}), setup.logs)
+
+
+def test_a_run_is_known_by_what_training_writes(setup: runs.Setup) -> None:
+    """params.txt holds resolved values: 1e-06 for 1e-6, True for a switch, paths of the machine that trained."""
+    all_runs = [*runs.comparison_runs(setup, some_rates()), *runs.ablation_runs(setup, some_rates())]
+    all_runs += [runs.tuning_run(setup, method, size, 2e-3) for method in runs.METHODS for size in runs.BATCH_SIZES]
+    for run in all_runs:
+        args = parse_args(run.command())
+        folder = RunFolder(str(setup.logs), run.name)
+        folder.create()
+        folder.write_params(args)
+        assert not training.is_finished(run, setup.logs)
+
+
+def test_nothing_is_measured_on_what_chooses_the_learning_rate(setup: runs.Setup) -> None:
+    chosen_on = {
+        Path(runs.tuning_run(setup, method, size, 1e-3).flags["val-data"]).name
+        for method in runs.METHODS
+        for size in runs.BATCH_SIZES
+    }
+    assert chosen_on == {"retrieval_combo"}
+    all_runs = [*runs.comparison_runs(setup, some_rates()), *runs.ablation_runs(setup, some_rates())]
+    looked_at = {Path(run.flags[flag]).name for run in all_runs for flag in ("val-data", "zeroshot-data")}
+    assert not chosen_on & (looked_at | {*measure.PAIRS, measure.ZEROSHOT})
+    assert {name.split("/retrieval/")[0].split("/top1")[0] for name in report.HEADLINES} <= {
+        *measure.PAIRS,
+        measure.ZEROSHOT,
+    }
+
+
+def test_methods_differ_in_their_own_flags_alone(setup: runs.Setup) -> None:
+    """Data, model, schedule, seed and what is evaluated are the same for all methods of a batch size."""
+    for size in runs.BATCH_SIZES:
+        plain = runs.training_run(setup, "x", "openclip", size, 1e-3, 0).flags
+        for method in runs.METHODS:
+            flags = runs.training_run(setup, "x", method, size, 1e-3, 0).flags
+            own = {flag for flag in flags | plain if flags.get(flag) != plain.get(flag)}
+            assert own <= {
+                *runs.method_flags(method, size, 1e-3),
+                "gamma_decay_epochs",
+                "beta_decay_epochs",
+                "data_size",
+            }
+            assert not own & {"train-data", "epochs", "batch-size", "lr", "wd", "warmup", "seed", "model", "precision"}
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_run_that_cannot_be_begun_is_named(setup: runs.Setup) -> None:
+    due = [runs.training_run(setup, f"run-s{seed}", "openclip", 128, 1e-3, seed) for seed in (0, 1)]
+    (setup.logs / "output" / "run-s0.txt").mkdir(parents=True)  # its output cannot be written
+    with pytest.raises(StudyError, match="failed: run-s0 "):
+        training.train_all(due, setup.logs, lanes=1)
+    assert training.is_finished(due[1], setup.logs)
 
 
 @pytest.mark.usefixtures("fake")

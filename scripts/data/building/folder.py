@@ -63,7 +63,7 @@ def build_and_rename(out: Path, build: Callable[[Path], dict]) -> dict:
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
-        exit_on_sigterm(),
+        exit_when_told(),
         tempfile.TemporaryDirectory(prefix=f".{out.name}-unfinished-", dir=out.parent) as temporary,
     ):
         folder = Path(temporary, "new")
@@ -76,10 +76,13 @@ def build_and_rename(out: Path, build: Callable[[Path], dict]) -> dict:
 
 
 @contextmanager
-def exit_on_sigterm() -> Iterator[None]:
-    """Make an ordinary kill raise, as Ctrl-C does, so that what is unfinished gets removed."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+def exit_when_told() -> Iterator[None]:
+    """Make an ordinary kill, or a connection that is lost, raise as Ctrl-C does, so that what is unfinished gets removed."""
+    # Under nohup a lost connection is ignored, and stays so.
+    told = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in told}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -61,11 +61,15 @@ def worker_pool(workers: int) -> Iterator[Mapper]:
     if workers == 1:
         yield lambda function, jobs: [function(job) for job in jobs]
         return
-    pool = multiprocessing.Pool(workers, initializer=_end_at_sigterm)
+    # A worker that is just being forked would lose the signal of terminate(), and waiting for it would never end: it is kept
+    # until the worker is ready for it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        pool = multiprocessing.Pool(workers, initializer=_end_when_told)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
         yield functools.partial(pool.map, chunksize=64)
-        # Not terminate(), as at the end of a with block: a worker that is just being forked loses the signal, and waiting for
-        # it would never end.
         pool.close()
     except BaseException:
         pool.terminate()
@@ -73,6 +77,9 @@ def worker_pool(workers: int) -> Iterator[Mapper]:
     pool.join()
 
 
-def _end_at_sigterm() -> None:
-    # The builder's own handler, which cleans up, came along with the fork.
+def _end_when_told() -> None:
+    # The builder's own handlers, which clean up, came along with the fork.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # The builder ends its workers: when they ended by themselves it would start others.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

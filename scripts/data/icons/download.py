@@ -10,7 +10,7 @@ import urllib.request
 from pathlib import Path
 
 from building import BuildError
-from building.folder import exit_on_sigterm
+from building.folder import exit_when_told
 
 from .package import INTEGRITY, NAME, PACK_COMMAND, VERSION, integrity
 
@@ -113,7 +113,7 @@ def _continue(url: str, part: Path) -> bool:
 
 
 def _pack(target: Path) -> None:
-    with exit_on_sigterm(), tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:
+    with exit_when_told(), tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:
         command = [*PACK_COMMAND.split(), "--silent", "--pack-destination", folder]
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         packed = sorted(Path(folder).glob("*.tgz"))

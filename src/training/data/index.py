@@ -23,7 +23,7 @@ from typing import NoReturn
 
 from training.atomic_files import replacing
 from training.data.key_set import LARGEST_KEY, KeySet
-from training.data.keys import FoundKeys, add_keys, read_keys
+from training.data.keys import FoundKeys, add_keys, check_writable, read_keys
 from training.data.shard_pool import usable_cores
 from training.data.shards import READER_THREADS, expand_sources, local_path
 from training.data.sizes import SIZES_FILE, read_sizes_file
@@ -127,7 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _check(args)
         _print_sizes(found := write_index(args.pattern))
         total = sum(sum(sizes.values()) for sizes in found.values())
-        print(f"flags of training: --train-num-samples {total} (--check tells --data_size too)")
+        if total:
+            print("--check tells --data_size too")
+            print(f"flags of training: --train-num-samples {total}")
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -138,7 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on", file=sys.stderr)
+        then = "goes on" if args.add_keys else "begins anew, nothing was written"
+        print(f"interrupted: the same command {then}", file=sys.stderr)
         return 130
     return 0
 
@@ -180,7 +183,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     }
     for flag, other in needs.items():
         value = getattr(args, flag)
-        if value not in (None, False) and not getattr(args, other):
+        if value is not None and value is not False and not getattr(args, other):
             spelled = "" if value is True else f" {value}"
             parser.error(f"{_spelling(flag)}{spelled} goes with {_spelling(other)}")
     if args.workers < 1:
@@ -199,13 +202,15 @@ def _add_keys(args: argparse.Namespace) -> int:
     found, added = add_keys(local_shards(args.pattern), args.first_key or 0, args.out, args.workers)
     print(f"{added:,} keys written, {found.keys.count - added:,} were there")
     if found.without_object:
-        print(f"{found.without_object:,} samples are left without a key: their .json is no JSON object")
+        print(f"{found.without_object:,} samples are left without a key: their .json is no JSON object, or too long")
     _print_sizes(write_sizes(found.samples))
     _print_flags(found.total, found.keys)
     return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
+    if args.report:
+        check_writable(os.path.dirname(args.report), f"--report {args.report}")
     verified = verify(local_shards(args.pattern), args.decode_images, args.workers)
     if args.report:
         write_report(verified, args.report)
@@ -244,7 +249,9 @@ def _fit_of_keys(data_size: int | None, found: FoundKeys) -> list[tuple[bool, st
                 f"--data_size {data_size}: {lacking:,} of {found.total:,} samples have no key; --add-keys gives one",
             )
         ]
-    needed = (found.keys.largest if found.keys.largest is not None else -1) + 1
+    if found.keys.largest is None:
+        return [(False, f"--data_size {data_size}: there is no sample")]
+    needed = found.keys.largest + 1
     if data_size < needed:
         return [(False, f"--data_size {data_size} is too small: the largest key is {needed - 1}, give {needed}")]
     return [(True, f"--data_size {data_size} fits: the largest key is {needed - 1}")]
@@ -272,7 +279,11 @@ def _print_sizes(found: dict[str, dict[str, int]]) -> None:
 
 
 def _print_flags(samples: int, keys: KeySet) -> None:
-    table = f" --data_size {keys.largest + 1}" if keys.largest is not None else ""
+    """The last line, to be pasted; none without samples, which training takes for a mistake."""
+    if not samples:
+        return
+    # Where samples lack keys, or share them, there may be fewer keys than samples, and training refuses that.
+    table = f" --data_size {max(keys.largest + 1, samples)}" if keys.largest is not None else ""
     print(f"flags of training: --train-num-samples {samples}{table}")
 
 

@@ -20,22 +20,28 @@ import numpy as np
 from evaluation.sample_json import parse_key
 from training.atomic_files import discard
 from training.data.key_set import LARGEST_KEY, KeySet
-from training.data.key_writer import LONGEST_FACTS, KeyedShard, write_keys
+from training.data.key_writer import LONGEST_CHANGED, LONGEST_FACTS, KeyedShard, write_keys
 from training.data.shard_pool import each_shard
-from training.data.tar_members import Damage, split_name, tar_bytes, walk
+from training.data.tar_members import Damage, DamagedCompressionError, LocalBytes, split_name, tar_bytes, walk
 from training.errors import UserError
 
-# In place of a key: the sample has none; its .json is no JSON object, so that none can be written into it.
+# In place of a key: the sample has none; its .json is no JSON object, or too long, so that none can be written into it.
 NO_KEY, NO_OBJECT = -1, -2
 
-_LEFTOVER = re.compile(r"\.(.+)\.(\d+)\.tmp")
+_LEFTOVER = re.compile(r"\.(.+)\.(\d{1,9})\.tmp")
 
 
 class ShardKeys(NamedTuple):
-    """keys: [samples] int64 by place in the shard, NO_KEY or NO_OBJECT where there is none; damage: of the file, or None."""
+    """What one shard holds.
+
+    keys: [samples] int64 by place in the shard, NO_KEY or NO_OBJECT where there is none.
+    damage: of the file, or None.
+    compressed: whether it is, whatever its name.
+    """
 
     keys: np.ndarray
     damage: str | None = None
+    compressed: bool = False
 
 
 @dataclass
@@ -46,7 +52,7 @@ class FoundKeys:
         samples: of each shard, by path, in order.
         keys: all that samples have.
         lacking: samples without a key, by path.
-        without_object: samples whose .json is no JSON object.
+        without_object: samples whose .json is no JSON object, or too long to be written to.
         problems: in words: damaged shards, keys that come twice or are too large.
     """
 
@@ -89,10 +95,11 @@ def is_json_object(text: bytes) -> bool:
 def read_shard_keys(path: str) -> ShardKeys:
     """The keys of the samples of a local shard; images are passed over. Nothing is raised for damage."""
     keys: list[int] = []
-    current, has_facts = None, False
+    current, has_facts, compressed = None, False, False
     try:
         with open(path, "rb") as file:
             source = tar_bytes(file, local=True)
+            compressed = not isinstance(source, LocalBytes)
             for item in walk(source):
                 if isinstance(item, Damage):
                     return ShardKeys(np.empty(0, np.int64), item.detail)
@@ -105,9 +112,9 @@ def read_shard_keys(path: str) -> ShardKeys:
                 if suffix.lower() == "json" and not has_facts:
                     has_facts = True
                     keys[-1] = _key_in(source.read(item.size)) if item.size <= LONGEST_FACTS else NO_OBJECT
-    except OSError as error:
+    except (OSError, DamagedCompressionError) as error:
         return ShardKeys(np.empty(0, np.int64), str(error))
-    return ShardKeys(np.array(keys, np.int64))
+    return ShardKeys(np.array(keys, np.int64), None, compressed)
 
 
 def read_keys(paths: Sequence[str], workers: int) -> FoundKeys:
@@ -138,6 +145,8 @@ def add_keys(paths: Sequence[str], first: int, out: str | None, workers: int) ->
         OSError: something cannot be written; the shards are as they were, or have their keys.
     """
     targets = _targets(paths, out)
+    for folder in dict.fromkeys(map(os.path.dirname, [*targets, *([] if out is not None else paths)])):
+        check_writable(folder, "--add-keys" if out is None else f"--out {out}")
     found, given = _plan(paths, first, workers)
     _remove_leftovers(targets)
     tasks = [task for task in _tasks(paths, targets, first, found) if out is not None or found.lacking[task.path]]
@@ -151,11 +160,30 @@ def add_keys(paths: Sequence[str], first: int, out: str | None, workers: int) ->
     return found, added
 
 
+def check_writable(folder: str, flag: str) -> None:
+    """Finds out before hours of reading that a folder, or one that is still to be made, cannot be written to.
+
+    Args:
+        flag: the flag that wants it and its value, for the message.
+
+    Raises:
+        UserError: it cannot, as far as can be seen.
+    """
+    there = os.path.abspath(folder)
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there):
+        raise UserError(f"{flag}: {there} is no folder; give another one")
+    if not os.access(there, os.W_OK | os.X_OK):
+        remedy = "give --out DIR" if flag == "--add-keys" else "give another folder"
+        raise UserError(f"{flag}: the folder {there} cannot be written to; {remedy}")
+
+
 def _key_in(facts: bytes) -> int:
     key = parse_key(facts)
     if key is not None:
         return key
-    return NO_KEY if is_json_object(facts) else NO_OBJECT
+    return NO_KEY if len(facts) <= LONGEST_CHANGED and is_json_object(facts) else NO_OBJECT
 
 
 def _targets(paths: Sequence[str], out: str | None) -> list[str]:
@@ -179,7 +207,7 @@ def _plan(paths: Sequence[str], first: int, workers: int) -> tuple[FoundKeys, Ke
     """What the shards hold, and the keys that will be given; raises UserError where that cannot be done."""
     found, given, begin = FoundKeys(), KeySet(), first
     for path, shard in each_shard(read_shard_keys, paths, workers, "reading keys"):
-        if shard.damage is None and path.endswith(("gz", "bz2", "xz")):
+        if shard.compressed:
             found.problems.append(f"{path} is compressed; decompress it first")
         found.take(path, shard)
         numbers = begin + np.flatnonzero(shard.keys == NO_KEY)
@@ -208,13 +236,28 @@ def _tasks(paths: Sequence[str], targets: Sequence[str], first: int, found: Foun
 def _convert(shard: KeyedShard) -> int:
     """Writes a shard with keys, unless it is there already; returns the number of keys written."""
     before = read_shard_keys(shard.path).keys
-    wanted = np.where(before == NO_KEY, shard.first + np.arange(len(before)), before)
-    if os.path.exists(shard.target) and os.path.getmtime(shard.target) >= os.path.getmtime(shard.path):
-        there = read_shard_keys(shard.target)
-        if there.damage is None and np.array_equal(there.keys, wanted):
-            return 0
-    write_keys(shard, before == NO_KEY)
-    return int((before == NO_KEY).sum())
+    lacking = before == NO_KEY
+    if os.path.realpath(shard.path) == shard.target:
+        done = not lacking.any()
+    else:
+        done = _is_there(shard, np.where(lacking, shard.first + np.arange(len(before)), before))
+    if done:
+        return 0
+    try:
+        write_keys(shard, lacking)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:  # A full disk does not say of which file.
+            raise OSError(f"{shard.target} cannot be written: {error.strerror}") from None
+        raise
+    return int(lacking.sum())
+
+
+def _is_there(shard: KeyedShard, wanted: np.ndarray) -> bool:
+    """Whether a target of its own has been written since the shard was, with these keys."""
+    if not os.path.exists(shard.target) or os.path.getmtime(shard.target) < os.path.getmtime(shard.path):
+        return False
+    there = read_shard_keys(shard.target)
+    return there.damage is None and np.array_equal(there.keys, wanted)
 
 
 def _remove_leftovers(targets: Sequence[str]) -> None:

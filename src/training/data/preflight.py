@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -128,7 +129,8 @@ def _check_first_samples(config: DataConfig, urls: Sequence[str]) -> None:
     if config.needs_keys and all(parse_key(sample.key) is None for sample in samples):
         raise UserError(
             f"--train-data: the objective keeps state per sample and needs integer keys, {there}, no .json with "
-            '{"key": 17} or {"key": "000017"} among them; number the samples, or choose an objective without such state'
+            '{"key": 17} or {"key": "000017"} among them; number the samples with python -m training.data.index '
+            f"{shlex.quote(config.train_data or '')} --add-keys, or choose an objective without such state"
         )
     # Keys grow from shard to shard as a rule: a number that is too small shows at the end.
     if config.needs_keys and local_path(urls[-1]) is not None:

@@ -32,8 +32,8 @@ BAD_FACTS = "json is no JSON object"
 BAD_KEY = "key is no integer of 0 to 2^63 - 1"
 LARGE_KEY = f"key is more than {LARGEST_KEY}"
 KEY_TWICE = "key comes twice"
-# So many broken samples of a shard are named in the report.
-_NAMED = 5
+# So many broken samples of a shard are named in the report, by so many characters of their names.
+_NAMED, _LONGEST_NAME = 5, 200
 
 
 @dataclass
@@ -43,7 +43,8 @@ class ShardReport:
     Attributes:
         samples: positions, broken ones included.
         pairs: samples with a whole image and caption.
-        keys: [k] int64, the keys that samples have, in order.
+        keys: how many samples have one that counts.
+        smallest_key, largest_key: of those.
         problems: samples by what is wrong with them.
         damage: what is wrong with the file, in words.
         examples: the first broken samples, by name and why.
@@ -51,7 +52,9 @@ class ShardReport:
 
     samples: int = 0
     pairs: int = 0
-    keys: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    keys: int = 0
+    smallest_key: int | None = None
+    largest_key: int | None = None
     problems: Counter[str] = field(default_factory=Counter)
     damage: list[str] = field(default_factory=list)
     examples: list[str] = field(default_factory=list)
@@ -60,7 +63,8 @@ class ShardReport:
         """Counts something that is wrong with a sample."""
         self.problems[problem] += 1
         if len(self.examples) < _NAMED:
-            self.examples.append(f"{name}: {problem}")
+            # A name may hold anything: half characters cannot be printed, and others tell a terminal what to do.
+            self.examples.append(f"{ascii(name)[1:-1][:_LONGEST_NAME]}: {problem}")
 
     @property
     def sound(self) -> bool:
@@ -74,9 +78,9 @@ class ShardReport:
             "sound": self.sound,
             "samples": self.samples,
             "pairs": self.pairs,
-            "keys": len(self.keys),
-            "smallest_key": int(self.keys.min()) if len(self.keys) else None,
-            "largest_key": int(self.keys.max()) if len(self.keys) else None,
+            "keys": self.keys,
+            "smallest_key": self.smallest_key,
+            "largest_key": self.largest_key,
             "problems": dict(sorted(self.problems.items())),
             "damage": self.damage,
             "examples": self.examples,
@@ -107,11 +111,14 @@ class Verified(NamedTuple):
         )
 
 
-def verify_shard(path: str, decode_images: bool) -> ShardReport:
+def verify_shard(path: str, decode_images: bool) -> tuple[ShardReport, np.ndarray]:
     """Reads a local shard to its end. Nothing is raised for damage.
 
     Args:
         decode_images: decode every image too, which takes most of the time.
+
+    Returns:
+        What it holds; and [k] int64, the keys that samples have, in order.
     """
     report = ShardReport()
     keys: list[int] = []
@@ -123,8 +130,8 @@ def verify_shard(path: str, decode_images: bool) -> ShardReport:
             report.damage.append(f"{item.kind}: {item.detail}")
             continue
         report.samples += 1
+        sample = item.sample(path)
         try:
-            sample = item.sample(path)
             read_labels(sample, needs_keys=False)
             if decode_images:
                 pictures.decode(sample.image)  # type: ignore[arg-type]
@@ -132,13 +139,15 @@ def verify_shard(path: str, decode_images: bool) -> ShardReport:
         except BrokenSampleError as broken:
             report.add(str(broken), item.name)
         key = parse_key(item.members.get("json"))
-        problem = _problem_of_key(item.members.get("json"), key)
+        # Of a sample that damage has taken parts of, the .json may be one of them.
+        problem = _problem_of_key(item.members.get("json"), key) if sample.problem is None else None
         if problem is not None:
             report.add(problem, item.name)
         if key is not None and key <= LARGEST_KEY:
             keys.append(key)
-    report.keys = np.array(keys, np.int64)
-    return report
+    if keys:
+        report.keys, report.smallest_key, report.largest_key = len(keys), min(keys), max(keys)
+    return report, np.array(keys, np.int64)
 
 
 def verify(paths: Sequence[str], decode_images: bool, workers: int) -> Verified:
@@ -146,18 +155,19 @@ def verify(paths: Sequence[str], decode_images: bool, workers: int) -> Verified:
 
     Of two samples with the same key the later one is taken to be wrong. That samples have no key is wrong only where
     others have one: not every objective needs them.
+
+    Raises:
+        UserError: a sizes.json that cannot be understood, before a shard is read.
     """
     verified = Verified({}, KeySet())
-    sizes: dict[str, dict[str, int]] = {}
+    sizes = {folder: read_sizes_file(folder) for folder in dict.fromkeys(map(os.path.dirname, paths))}
     work = functools.partial(verify_shard, decode_images=decode_images)
-    for path, report in each_shard(work, paths, workers, "verifying"):
-        twice = verified.keys.add(report.keys)
+    for path, (report, keys) in each_shard(work, paths, workers, "verifying"):
+        twice = verified.keys.add(keys)
         if len(twice):
             report.problems[KEY_TWICE] += len(twice)
             report.examples.append(f"key {twice[0]}: {KEY_TWICE}")
         folder, name = os.path.split(path)
-        if folder not in sizes:
-            sizes[folder] = read_sizes_file(folder)
         if sizes[folder].get(name, report.samples) != report.samples:
             report.damage.append(f"{SIZES_FILE} says {sizes[folder][name]} samples, there are {report.samples}")
         verified.shards[path] = report
@@ -171,9 +181,12 @@ def verify(paths: Sequence[str], decode_images: bool, workers: int) -> Verified:
 def write_report(verified: Verified, path: str) -> None:
     """Writes a JSON object for each shard, one a line, as `ShardReport.as_json` makes it.
 
+    Its folder is made.
+
     Raises:
         OSError: it cannot be written.
     """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(Path(path)) as stream:
         for shard, report in verified.shards.items():
             stream.write(json.dumps(report.as_json(shard)).encode() + b"\n")

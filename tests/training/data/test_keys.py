@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import multiprocessing
 import os
@@ -157,9 +159,96 @@ def test_other_members_long_names_and_links(kit, tmp_path: Path) -> None:
     assert (tmp_path / "link.tar").is_symlink()
     after = members_in(path)
     assert {name: after[name] for name in names} == {name: name.encode() * 99 for name in names}
-    assert list(after)[3] == "l" * 120 + "/é.json"
+    assert list(after)[2] == "l" * 120 + "/é.json"
     assert keys_in(path) == [0, 1]
     assert (tmp_path / "sizes.json").exists()
+
+
+def test_all_that_is_no_json_stays_byte_for_byte(kit, tmp_path: Path) -> None:
+    """Folders, links, pax headers, owners, times, and what lies behind the end."""
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "of all"}) as tar:
+        add_entry(tar, "a", kind=tarfile.DIRTYPE)
+        add_entry(tar, "a/0.png", kit.image_bytes(0), mode=0o600, uid=7, uname="somebody", mtime=1234.5)
+        add_entry(tar, "a/0.json", b'{"n": 1}', mode=0o640, pax_headers={"path": "a/0.json", "comment": "x" * 600})
+        add_entry(tar, "a/0.txt", b"x")
+        add_entry(tar, "a/1.png", kind=tarfile.LNKTYPE, linkname="a/0.png")
+        add_entry(tar, "a/1.txt", b"y" * 512)
+        add_entry(tar, "a/2.png", kind=tarfile.SYMTYPE, linkname="0.png")
+    with path.open("ab") as file:
+        file.write(b"behind the end")
+    old = path.read_bytes()
+    with tarfile.open(path) as tar:
+        before = {member.name: facts_of(member) for member in tar}
+    assert main([str(path), "--add-keys", "--first-key", "40"]) == 0
+    with tarfile.open(path) as tar:
+        after = {member.name: facts_of(member) for member in tar}
+        assert list(after) == ["a", "a/0.png", "a/0.json", "a/0.txt", "a/1.png", "a/1.txt", "a/1.json", "a/2.png"]
+        assert {name: after[name] for name in before} == before
+        assert tar.extractfile("a/0.json").read() == b'{"n": 1, "key": 40}'
+        assert tar.extractfile("a/1.json").read() == b'{"key": 41}'
+    new = path.read_bytes()
+    place = old.index(b'{"n": 1}')
+    # But for the size and the checksum in the header of the .json.
+    assert new[: place - 400] == old[: place - 400]
+    assert new.endswith(b"behind the end")
+    assert len(new) == len(old) + 1024
+
+
+def add_entry(tar: tarfile.TarFile, name: str, content: bytes = b"", kind: bytes = tarfile.REGTYPE, **facts) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.type = len(content), kind
+    for fact, value in facts.items():
+        setattr(entry, fact, value)
+    tar.addfile(entry, io.BytesIO(content))
+
+
+def facts_of(member: tarfile.TarInfo) -> tuple:
+    return member.type, member.linkname, member.mode, member.uid, member.uname, member.mtime, member.pax_headers
+
+
+def test_compressed_shards_are_known_by_their_content(kit, tmp_path: Path, capsys) -> None:
+    """One that is compressed in spite of its name is refused; one that is not, in spite of its name, gets keys."""
+    plain = kit.write_tar(tmp_path / "0.tar.gz", [unkeyed(kit, 0)])
+    assert main([str(plain), "--add-keys"]) == 0
+    packed = tmp_path / "1.tar"
+    packed.write_bytes(gzip.compress(kit.write_tar(packed, [unkeyed(kit, 1)]).read_bytes()))
+    content = packed.read_bytes()
+    assert main([f"{plain}::{packed}", "--add-keys"]) == 1
+    assert "1.tar is compressed; decompress it first" in capsys.readouterr().err
+    assert packed.read_bytes() == content
+
+
+def test_damage_of_compressed_shards_is_told_wherever_it_is(kit, tmp_path: Path) -> None:
+    """Nothing is raised, be it inside a .json that is being read."""
+    generator = random.Random(0)
+    facts = [{"key": number, "x": generator.randbytes(700).hex()} for number in range(4)]
+    path = kit.write_tar(tmp_path / "0.tar.gz", [unkeyed(kit, number, facts[number]) for number in range(4)])
+    packed = gzip.compress(path.read_bytes())
+    told = []
+    for place in range(20, len(packed) - 20, 5):
+        path.write_bytes(packed[:place] + bytes([packed[place] ^ 0x55]) + packed[place + 1 :])
+        told.append(read_shard_keys(str(path)).damage is not None)
+    # The others only changed some content: what is wrong behind the end of the archive, its checksum too, is of no concern.
+    assert sum(told) > len(told) / 2
+
+
+def test_a_json_that_would_become_too_long_gets_no_key(kit, tmp_path: Path, capsys) -> None:
+    """The loader reads none of more than 16 MiB; with a key a .json is longer."""
+    long = json.dumps({"key": None, "x": "é" * 2**20}, ensure_ascii=False).encode()
+    kit.write_tar(tmp_path / "0.tar", [unkeyed(kit, 0, long), unkeyed(kit, 1, {"x": "e" * 2**20})])
+    assert main([str(tmp_path), "--add-keys"]) == 0
+    assert "1 samples are left without a key" in capsys.readouterr().out
+    assert keys_in(tmp_path / "0.tar") == [NO_OBJECT, 1]
+
+
+def test_leftovers_are_removed_but_not_other_files(kit, tmp_path: Path) -> None:
+    kit.write_tar(tmp_path / "0.tar", [unkeyed(kit, 0)])
+    names = [".0.tar.4999999.tmp", f".0.tar.{10**30}.tmp", f".0.tar.{os.getppid()}.tmp", ".1.tar.4999999.tmp"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"half")
+    assert main([str(tmp_path / "0.tar"), "--add-keys"]) == 0
+    assert sorted(path.name for path in tmp_path.glob(".*")) == sorted(names[1:])
 
 
 def test_out_leaves_the_source_alone(kit, tmp_path: Path, capsys) -> None:

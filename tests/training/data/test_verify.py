@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 
 from training.data.index import main
 from training.data.verify import verify_shard
+from training.params import parse_args
 
 
 def report_of(folder: Path, capsys, *flags: str) -> tuple[int, dict[str, dict], str]:
@@ -115,14 +121,97 @@ def test_damaged_files(kit, tmp_path: Path, harm: str, capsys) -> None:
     assert len(report["00001.tar"]["damage"]) == 1
 
 
-def test_the_loader_and_verify_agree(kit, tmp_path: Path) -> None:
-    """What is a whole pair here is what training gets."""
-    samples = [kit.members_of(number) for number in range(12)]
-    samples[3] = samples[3][1:]
-    samples[8] = [samples[8][0], samples[8][2]]
-    path = kit.write_tar(tmp_path / "0.tar", samples)
-    loader = kit.open_ranks(kit.config(tmp_path, batch_size=1, train_num_samples=12), 1)[0]
-    assert verify_shard(str(path), decode_images=True).pairs == len(set(kit.seen_keys(loader, 0))) == 10
+def test_a_sizes_file_that_makes_no_sense_is_told_before_shards_are_read(
+    kit, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kit.write_shards(tmp_path, [4])
+    kit.write_shards(tmp_path / "more", [4], first=9)
+    (tmp_path / "more" / "sizes.json").write_text("[]")
+    monkeypatch.setattr("training.data.verify.verify_shard", None)
+    assert main([f"{tmp_path}::{tmp_path}/more", "--verify", "--workers", "1"]) == 1
+    assert "more/sizes.json is not of the form" in capsys.readouterr().err
+
+
+def test_names_that_cannot_be_printed(tmp_path: Path, kit) -> None:
+    """Bytes that are no utf-8, and those that a terminal takes for orders."""
+    with tarfile.open(tmp_path / "0.tar", "w", encoding="utf-8") as tar:
+        for name in ("a\udcff.txt", "\x1b[2J.txt", "n" * 9000 + ".txt"):
+            tar.addfile(tarfile.TarInfo(name))
+    done = subprocess.run(
+        [sys.executable, "-m", "training.data.index", str(tmp_path), "--verify", "--workers", "1"],
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "(such as a\\udcff: no image)" in done.stdout
+    assert max(map(len, verify_shard(str(tmp_path / "0.tar"), False)[0].examples)) < 300
+    assert all(line.isprintable() for line in done.stdout.splitlines())
+
+
+def test_an_interruption_says_what_the_same_command_does(
+    tmp_path: Path, kit, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kit.write_shards(tmp_path, [2])
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.data.shard_pool._results", interrupted)
+    for how, what in (("--add-keys", "goes on"), ("--verify", "begins anew"), ("--check", "begins anew")):
+        assert main([str(tmp_path), how]) == 130
+        assert capsys.readouterr().err.startswith(f"interrupted: the same command {what}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "locked", "message"),
+    [
+        ("--verify --report 00000.tar/x.jsonl", "", "00000.tar is no folder; give another one"),
+        ("--verify --report there/x.jsonl", "there", "there cannot be written to; give another folder"),
+        ("--add-keys --out there", "there", "there cannot be written to; give another folder"),
+        ("--add-keys --out 00000.tar", "", "00000.tar is no folder; give another one"),
+        ("--add-keys", ".", "cannot be written to; give --out DIR"),
+    ],
+)
+def test_what_cannot_be_written_is_told_before_shards_are_read(
+    kit, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, flags: str, locked: str, message: str
+) -> None:
+    kit.write_shards(tmp_path, [2])
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path)
+    # Whoever runs the tests may be allowed everything.
+    monkeypatch.setattr("os.access", lambda path, _mode: os.path.abspath(path) != os.path.abspath(locked or "none"))
+    monkeypatch.setattr("training.data.shard_pool._results", None)
+    assert main([".", *flags.split()]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_the_report_s_folder_is_made(kit, tmp_path: Path) -> None:
+    kit.write_shards(tmp_path, [2])
+    assert main([str(tmp_path), "--verify", "--report", str(tmp_path / "a" / "b" / "c.jsonl")]) == 0
+    assert json.loads((tmp_path / "a" / "b" / "c.jsonl").read_text())["pairs"] == 2
+
+
+def test_the_flags_that_are_printed_are_taken_by_training(kit, tmp_path: Path, capsys) -> None:
+    """The last line, pasted; where few samples have a key too."""
+    kit.write_tar(tmp_path / "0.tar", [kit.members_of(2), *(kit.members_of(number)[:2] for number in range(5, 15))])
+    for how in ("", "--verify", "--check", "--add-keys --first-key 20"):
+        main([str(tmp_path), *how.split()])
+        *_, last = capsys.readouterr().out.splitlines()
+        words = shlex.split(last.removeprefix("flags of training: "))
+        args = parse_args(["--train-data", str(tmp_path), "--objective", "fastclip", "--data_size", "11", *words])
+        assert args.train_num_samples == 11
+        assert args.data_size == (31 if "add" in how else 11)
+
+
+def test_nothing_is_printed_to_be_pasted_where_there_is_no_sample(kit, tmp_path: Path, capsys) -> None:
+    kit.write_tar(tmp_path / "0.tar", [])
+    for how, status in (("", 0), ("--verify", 0), ("--check", 0), ("--check --data_size 3", 1), ("--add-keys", 0)):
+        assert main([str(tmp_path), *how.split()]) == status
+        assert "flags" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -165,6 +254,8 @@ def test_check_of_samples_without_keys_and_of_damage(kit, tmp_path: Path, capsys
         ("--decode-images", "--decode-images goes with --verify"),
         ("--report x --check", "--report x goes with --verify"),
         ("--data_size 3", "--data_size 3 goes with --check"),
+        ("--train-num-samples 0 --verify", "--train-num-samples 0 goes with --check"),
+        ("--first-key 0", "--first-key 0 goes with --add-keys"),
         ("--check --workers 0", "--workers 0: give 1 or more"),
         ("--check --data_size many", "invalid int value: 'many'"),
         ("--verfy", "unrecognized arguments: --verfy"),
