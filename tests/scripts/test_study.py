@@ -263,6 +263,25 @@ def test_an_interruption_reaches_the_trainings(setup: runs.Setup, fake: None) ->
     assert time.monotonic() - began < 20
 
 
+def test_figures_are_drawn_of_the_runs_that_there_are(
+    setup: runs.Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("siglip-b128-s0", "neuclip-b128-s0", "neuclip-b128-s2", "openclip-b512-s1"):
+        write_run(setup, name, 0.1)
+    (setup.logs / "fastclip-b128-s0").mkdir()  # not measured yet
+    called: list[list[str]] = []
+    monkeypatch.setattr(report.figures, "main", lambda words: called.append(words) or 0)
+    monkeypatch.setattr(report.normalizer_error, "main", lambda words: called.append(words) or 0)
+    report.write_figures(setup, tmp_path / "out")
+    paths = [[Path(word).name for word in words if word.startswith(str(setup.logs))] for words in called]
+    # Curves of all seeds, errors of the first one alone; at batch 512 there is no first seed yet.
+    assert paths == [["siglip-b128-s0", "neuclip-b128-s0", "neuclip-b128-s2"], ["siglip-b128-s0", "neuclip-b128-s0"]]
+    assert [words[-1] for words in called] == [str(tmp_path / "out" / name) for name in ("curves-b128", "error-b128")]
+    monkeypatch.setattr(report.figures, "main", lambda _: 2)
+    with pytest.raises(StudyError, match="curves: the command failed"):
+        report.write_figures(setup, tmp_path / "out")
+
+
 def write_run(setup: runs.Setup, name: str, value: float) -> None:
     folder = setup.logs / name
     folder.mkdir(parents=True)
