@@ -124,10 +124,10 @@ class _Crew:
 
 
 def gpus() -> list[str]:
-    """Names for CUDA_VISIBLE_DEVICES."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return [name for name in chosen.split(",") if name]
+    """Names for CUDA_VISIBLE_DEVICES, of the GPUs that torch finds: the variable may be set where there are none."""
     import torch
 
-    return [str(i) for i in range(torch.cuda.device_count())]
+    count = torch.cuda.device_count()
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = map(str, range(count)) if chosen is None else chosen.split(",")
+    return list(names)[:count]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure a finished run of the study on all held-out sets: RUN/study.json.
+"""Measure a finished run of the study on the held-out sets that it reports: RUN/study.json.
 
 python scripts/study/measure.py logs/study/neuclip-b128-s0 --data data/study
 """
@@ -25,13 +25,13 @@ from evaluation.suite import Setting, measure_classification, measure_pairs
 from evaluation.whole_files import write_whole
 
 FILE = "study.json"
-# Whole drawing styles that were never trained; names that were never trained; both at once far away.
+# Drawing styles that were never trained; names that were never trained; colour emoji, far from all that was trained.
 PAIRS = ("retrieval_set", "retrieval_concept", "emoji/twemoji")
 ZEROSHOT = "zeroshot"
 
 
 def measure(run: RunFolder, data: Path, setting: Setting) -> dict[str, Any]:
-    """The metrics of a run's last checkpoint on every set.
+    """The metrics of a run's last checkpoint on the sets of PAIRS that are there, and on ZEROSHOT.
 
     Returns:
         {"sha256": of the checkpoint, "chance": {…}, "metrics": {"SET/metric": share or rank}}.

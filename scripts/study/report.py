@@ -81,7 +81,10 @@ def _call(what: str, tool: Callable[[list[str]], int], words: list[str]) -> None
 
 
 def comparison_table(setup: Setup, rates: Mapping[Case, float]) -> Table:
-    """Mean and standard deviation over seeds for every method and batch size; the best of each batch size in bold."""
+    """Mean and standard deviation (n − 1) over seeds for every method and batch size.
+
+    The best of each batch size is in bold where its methods have equally many seeds.
+    """
     columns = [Column("batch", "batch"), Column("method", "method"), Column("lr", "lr")]
     rows: list[list[Cell]] = []
     for size in BATCH_SIZES:
@@ -117,7 +120,7 @@ def tuning_table(setup: Setup) -> Table:
 
 
 def cost_table(setup: Setup) -> Table:
-    """Time of a step by the runs' own timers, over all seeds."""
+    """Time of a step by the runs' own timers, over all seeds; lanes side by side on the same cores slow each other down."""
     columns = [
         *(Column("batch", "batch"), Column("method", "method"), Column("step", "ms per step", ".0f", 1000.0)),
         *(Column("objective", "objective, ms", ".1f", 1000.0), Column("normalizer", "normalizers, ms", ".1f", 1000.0)),
@@ -136,7 +139,9 @@ def cost_table(setup: Setup) -> Table:
 
 
 def _with_metrics(rows: Sequence[Row]) -> list[list[Cell]]:
-    columns = [with_best([_statistic(row.runs, name) for row in rows], higher=True) for name in HEADLINES]
+    # A mean over fewer seeds is no better than one over more for being higher.
+    higher = True if len({len(row.runs) for row in rows if row.runs}) == 1 else None
+    columns = [with_best([_statistic(row.runs, name) for row in rows], higher) for name in HEADLINES]
     return [
         [*map(Cell, row.names), Cell(str(len(row.runs))), *cells]
         for row, cells in zip(rows, zip(*columns), strict=True)

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Run the study of docs/results.md, or a part of it; what is finished is not done again.
 
+    pip install -r requirements-training.txt -r requirements-study.txt
     python scripts/data/build_study.py --out data/study
     python scripts/study/run.py all --data data/study --logs logs/study --out results/study
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from evaluation.records import read_records
 from study.errors import StudyError
 from study.lanes import Job, work_off
 from study.runs import Run
@@ -42,9 +42,8 @@ def is_finished(run: Run, logs: Path) -> bool:
     folder = logs / run.name
     if (folder / "params.txt").exists():
         _check_same(run, folder)
-    results = folder / "results.jsonl"
-    epochs = [json.loads(line)["epoch"] for line in results.read_text("utf-8").splitlines()] if results.exists() else []
-    return bool(epochs) and epochs[-1] == run.epochs
+    results = read_records(folder / "results.jsonl")
+    return bool(results) and results[-1].get("epoch") == run.epochs
 
 
 def _check_same(run: Run, folder: Path) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 
+from evaluation.records import read_records
+from study.errors import StudyError
 from study.runs import BATCH_SIZES, FURTHEST, LEARNING_RATES, METHODS, Run, Setup, tuning_run
 
 Case = tuple[str, int]
@@ -39,11 +40,16 @@ def best_rates(scores: Scores) -> dict[Case, float]:
 
 
 def score(setup: Setup, method: str, batch_size: int, lr: float) -> float:
-    """Mean of R@1, R@5 and R@10 both ways after a finished tuning run; a run that diverged scores what it scores."""
+    """Mean of R@1, R@5 and R@10 both ways after a finished tuning run.
+
+    Raises:
+        StudyError: the run has come to its end without an evaluation.
+    """
     run = tuning_run(setup, method, batch_size, lr)
-    lines = (setup.logs / run.name / "results.jsonl").read_text(encoding="utf-8").splitlines()
-    last = json.loads(lines[-1])
-    return sum(last[name] for name in METRICS) / len(METRICS)
+    results = read_records(setup.logs / run.name / "results.jsonl")
+    if not results or any(name not in results[-1] for name in METRICS):
+        raise StudyError(f"{setup.logs / run.name} has no evaluation: its out.log says why")
+    return sum(results[-1][name] for name in METRICS) / len(METRICS)
 
 
 def _beyond(found: dict[float, float]) -> set[float]:

@@ -128,6 +128,30 @@ def test_finished_runs_are_not_trained_again(setup: runs.Setup, capsys: pytest.C
 
 
 @pytest.mark.usefixtures("fake")
+def test_a_line_that_a_kill_has_torn_is_not_taken_for_an_evaluation(setup: runs.Setup) -> None:
+    run = runs.tuning_run(setup, "openclip", 128, 1e-3)
+    training.train_all([run], setup.logs, lanes=1)
+    results = setup.logs / run.name / "results.jsonl"
+    results.write_text(results.read_text()[:-9])
+    assert not training.is_finished(run, setup.logs)
+    with pytest.raises(StudyError, match=r"tune-openclip-b128-lr0\.001 has no evaluation: its out\.log says why"):
+        tuning.score(setup, "openclip", 128, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("there", "chosen", "names"), [(2, None, ["0", "1"]), (1, "3", ["3"]), (0, "0", []), (0, "-1", [])]
+)
+def test_lanes_get_the_gpus_that_are_there(
+    there: int, chosen: str | None, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: there)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert lanes.gpus() == names
+
+
+@pytest.mark.usefixtures("fake")
 def test_a_folder_with_another_run_is_refused(setup: runs.Setup) -> None:
     run = runs.training_run(setup, "openclip-b128-s0", "openclip", 128, 1e-3, 0)
     training.train_all([run], setup.logs, lanes=1)
@@ -239,6 +263,25 @@ def test_an_interruption_reaches_the_trainings(setup: runs.Setup, fake: None) ->
     assert time.monotonic() - began < 20
 
 
+def test_figures_are_drawn_of_the_runs_that_there_are(
+    setup: runs.Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("siglip-b128-s0", "neuclip-b128-s0", "neuclip-b128-s2", "openclip-b512-s1"):
+        write_run(setup, name, 0.1)
+    (setup.logs / "fastclip-b128-s0").mkdir()  # not measured yet
+    called: list[list[str]] = []
+    monkeypatch.setattr(report.figures, "main", lambda words: called.append(words) or 0)
+    monkeypatch.setattr(report.normalizer_error, "main", lambda words: called.append(words) or 0)
+    report.write_figures(setup, tmp_path / "out")
+    paths = [[Path(word).name for word in words if word.startswith(str(setup.logs))] for words in called]
+    # Curves of all seeds, errors of the first one alone; at batch 512 there is no first seed yet.
+    assert paths == [["siglip-b128-s0", "neuclip-b128-s0", "neuclip-b128-s2"], ["siglip-b128-s0", "neuclip-b128-s0"]]
+    assert [words[-1] for words in called] == [str(tmp_path / "out" / name) for name in ("curves-b128", "error-b128")]
+    monkeypatch.setattr(report.figures, "main", lambda _: 2)
+    with pytest.raises(StudyError, match="curves: the command failed"):
+        report.write_figures(setup, tmp_path / "out")
+
+
 def write_run(setup: runs.Setup, name: str, value: float) -> None:
     folder = setup.logs / name
     folder.mkdir(parents=True)
@@ -254,7 +297,10 @@ def write_run(setup: runs.Setup, name: str, value: float) -> None:
 def test_tables_hold_what_was_measured(setup: runs.Setup, tmp_path: Path) -> None:
     for seed, value in ((0, 0.10), (1, 0.12), (2, 0.14)):
         write_run(setup, f"neuclip-b128-s{seed}", value)
-    write_run(setup, "openclip-b128-s0", 0.13)
+        write_run(setup, f"openclip-b128-s{seed}", value + 0.01)
+    write_run(setup, "neuclip-b512-s0", 0.15)
+    for seed in (0, 1):
+        write_run(setup, f"siglip-b512-s{seed}", 0.16)
     write_run(setup, "ablation-mlp-s0", 0.11)
     entries = [
         {"method": method, "batch_size": size, "lr": 2e-3, "scores": {"0.001": 0.01, "0.002": 0.05}}
@@ -265,10 +311,13 @@ def test_tables_hold_what_was_measured(setup: runs.Setup, tmp_path: Path) -> Non
     lines = (tmp_path / "out" / "comparison.md").read_text().splitlines()
     row = next(line for line in lines if "| 128 | neuclip |" in line)
     assert row.startswith("| 128 | neuclip | 0.001 | 3 | 12.0 ± 2.0 |")
-    assert "| 128 | openclip | 0.001 | 1 | **13.0** |" in next(line for line in lines if "128 | openclip" in line)
-    assert "| 512 | neuclip | 0.001 | 0 | – |" in next(line for line in lines if "512 | neuclip" in line)
+    assert "| 128 | openclip | 0.001 | 3 | **13.0 ± 2.0** |" in next(line for line in lines if "128 | openclip" in line)
+    assert "| 128 | siglip | 0.001 | 0 | – |" in next(line for line in lines if "128 | siglip" in line)
+    # One seed against two, three against one: nothing is best.
+    assert "| 512 | neuclip | 0.001 | 1 | 15.0 |" in next(line for line in lines if "512 | neuclip" in line)
+    assert "| 512 | siglip | 0.001 | 2 | 16.0 ± 0.0 |" in next(line for line in lines if "512 | siglip" in line)
     ablations = (tmp_path / "out" / "ablations.md").read_text()
-    assert "| as compared | 3 | **12.0 ± 2.0** |" in ablations
+    assert "| as compared | 3 | 12.0 ± 2.0 |" in ablations
     assert "| mlp | 1 | 11.0 |" in ablations
     # Medians, without the beginning.
     assert "| 128 | neuclip | 200 | 20.0 | 10.0 | 1280 |" in (tmp_path / "out" / "cost.md").read_text()
