@@ -84,28 +84,22 @@ class Run:
 
 
 def method_flags(method: str, batch_size: int, lr: float) -> Flags:
-    """What a method is trained with: its authors' values where they do not depend on the size of the data.
+    """What a method is trained with: its flags on CC12M (scripts/slurm/cc12m), the published data set nearest in size.
 
-    The temperature learns with lr / 8 where a method has a rate of its own for it (as in the tables of arXiv 2511.08417),
-    else with lr.
+    The temperature learns at lr / 8 (amorlip: lr / 4) where it has a rate of its own, which is their ratio there. γ falls
+    with every step and not with every epoch: there are few epochs.
     """
-    own_rate = {"lr_tau": f"{lr / 8:g}", "rho": "8"}
+    global_loss = {
+        **{"temperature_scheme": "global_learnable", "multiply_tau": "", "rho": "8.5", "fastclip_eps": "1e-14"},
+        **{"lr_tau": f"{lr / 8:g}", "lr_tau_scheduler": "step_thresh", "gamma_schedule": "cosine_step"},
+    }
     restart = {"npn_restart_iter": str(max(1, _SAMPLES_PER_RESTART // batch_size))}
     return {
         "openclip": {"objective": "openclip"},
         "siglip": {"objective": "siglip"},
-        # v3; γ falls over the first half of the run, as on CC3M and CC12M
-        "fastclip": {
-            "objective": "fastclip",
-            "temperature_scheme": "global_learnable",
-            "multiply_tau": "",
-            "gamma": "0.2",
-            "gamma_schedule": "cosine_step",
-            **own_rate,
-        },
-        # lr_tau is a quarter of lr in its authors' run on CC12M, and ρ its own list
+        "fastclip": {"objective": "fastclip", **global_loss, "gamma": "0.2"},  # v3
         "amorlip": {"objective": "amorlip", "lr_tau": f"{lr / 4:g}", "grad-clip-norm": "1.0"},
-        "neuclip": {"objective": "neuclip", "npn_num_protos": "4096", **restart, **own_rate},
+        "neuclip": {"objective": "neuclip", **global_loss, "gamma": "0.42", "npn_num_protos": "4096", **restart},
     }[method]
 
 
@@ -174,7 +168,8 @@ def ablation_runs(setup: Setup, rates: Mapping[tuple[str, int], float]) -> list[
 def _variants() -> Iterator[tuple[str, dict[str, str | None]]]:
     for value in ("0", "0.1", "0.2", "0.8"):
         yield f"gamma{value}", {"gamma": value, **({"gamma_schedule": "constant"} if value == "0" else {})}
-    yield "mlp", {"npn_arch": "mlp", "npn_num_protos": None}
+    # An MLP has nothing to begin anew from but random weights.
+    yield "mlp", {"npn_arch": "mlp", "npn_num_protos": None, "npn_restart_iter": "0"}
     yield "separate", {"npn_objective": "separate"}
     yield "simultaneous", {"npn_optimization": "simultaneous"}
     for value in ("0", "50", "2000"):

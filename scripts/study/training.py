@@ -9,14 +9,15 @@ from evaluation.records import read_records
 from study.errors import StudyError
 from study.lanes import Job, work_off
 from study.runs import Run
+from training.params import parse_args
 
 # A change of these leaves a run the same. The precision is the machine's, and a run may be measured on another one.
 _FREE = frozenset(
-    {"logs", "resume", "model-config", "precision", "workers", "log-every-n-steps"}
-    | {"save-every-minutes", "save-frequency", "keep-last"}
+    {"logs", "resume", "model_config", "precision", "workers", "log_every_n_steps"}
+    | {"save_every_minutes", "save_frequency", "keep_last"}
 )
 # Of these only the last part counts: data may be moved.
-_PATHS = frozenset({"train-data", "val-data", "zeroshot-data"})
+_PATHS = frozenset({"train_data", "val_data", "zeroshot_data"})
 
 
 def train_all(runs: Sequence[Run], logs: Path, lanes: int) -> None:
@@ -47,21 +48,20 @@ def is_finished(run: Run, logs: Path) -> bool:
 
 
 def _check_same(run: Run, folder: Path) -> None:
+    """Compare every flag, also those that a run leaves at their defaults; what an older version did not know is left out."""
     lines = (folder / "params.txt").read_text(encoding="utf-8").splitlines()
     params = dict(line.split(": ", 1) for line in lines if ": " in line)
-    for flag, asked in run.flags.items():
-        had = params.get(flag.replace("-", "_"), "nothing")
+    for flag, value in vars(parse_args(run.command())).items():
+        asked, had = str(value), params.get(flag, str(value))
         if flag not in _FREE and _comparable(flag, asked) != _comparable(flag, had):
-            raise StudyError(
-                f"{folder} was trained with {flag} {had}, not {asked or 'True'}: move it away or choose another --logs"
-            )
+            raise StudyError(f"{folder} was trained with {flag} {had}, not {asked}: move it away or choose another --logs")
 
 
 def _comparable(flag: str, text: str) -> float | str:
-    """A flag's value as it is given here, where a switch has none, and as it stands in params.txt, in one form."""
+    """1e-06 and 0.000001 are one value."""
     if flag in _PATHS:
         return Path(text).name
     try:
         return float(text)
     except ValueError:
-        return text or "True"
+        return text

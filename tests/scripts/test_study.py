@@ -163,15 +163,18 @@ def test_a_folder_with_another_run_is_refused(setup: runs.Setup) -> None:
 @pytest.mark.usefixtures("fake")
 def test_a_folder_of_other_data_or_of_another_variant_is_refused(setup: runs.Setup) -> None:
     """Runs with fewer pairs, or of an ablation that has been redefined, are not taken for these; moved data is."""
-    run = runs.tuning_run(setup, "fastclip", 128, 1e-3)
+    run = runs.tuning_run(setup, "neuclip", 128, 1e-3)
     training.train_all([run], setup.logs, lanes=1)
     fewer = replace(setup, pairs=100)
-    with pytest.raises(StudyError, match=r"train-data .*00001\}\.tar, not .*00000\}\.tar"):
-        training.is_finished(runs.tuning_run(fewer, "fastclip", 128, 1e-3), setup.logs)
-    with pytest.raises(StudyError, match=r"was trained with gamma 0\.2, not 0\.4"):
+    with pytest.raises(StudyError, match=r"train_data .*00001\}\.tar, not .*00000\}\.tar"):
+        training.is_finished(runs.tuning_run(fewer, "neuclip", 128, 1e-3), setup.logs)
+    with pytest.raises(StudyError, match=r"was trained with gamma 0\.42, not 0\.4:"):
         training.is_finished(replace(run, flags={**run.flags, "gamma": "0.4"}), setup.logs)
+    without = {flag: value for flag, value in run.flags.items() if flag != "lr_tau"}
+    with pytest.raises(StudyError, match=r"was trained with lr_tau 0\.000125, not "):
+        training.is_finished(replace(run, flags=without), setup.logs)
     moved = setup.data.rename(setup.data.with_name("moved"))
-    assert training.is_finished(runs.tuning_run(replace(setup, data=moved), "fastclip", 128, 1e-3), setup.logs)
+    assert training.is_finished(runs.tuning_run(replace(setup, data=moved), "neuclip", 128, 1e-3), setup.logs)
     other = {"workers": "3", "precision": "amp_bf16", "eps": "0.000001", "multiply_tau": ""}
     assert training.is_finished(replace(run, flags={**run.flags, **other}), setup.logs)
 
