@@ -16,6 +16,7 @@ from pathlib import Path
 from study.errors import StudyError
 
 ROOT = Path(__file__).resolve().parents[2]
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,16 @@ class Job:
 def work_off(jobs: Sequence[Job], lanes: int) -> None:
     """Run all jobs, so many at a time.
 
-    On a machine with GPUs lane i has GPU i modulo their number to itself; else lanes share the cores. SIGTERM and ^C are
-    passed on: trainings save, and a later call goes on.
+    On a machine with GPUs lane i has GPU i modulo their number to itself; else lanes share the cores. SIGTERM, ^C and the
+    end of a connection are passed on: trainings save, and a later call goes on.
 
     Raises:
         StudyError: jobs have failed; the others have been done all the same.
     """
     crew = _Crew(jobs, lanes)
-    before = {number: signal.signal(number, crew.stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    # Under nohup the end of a connection is ignored, and stays so.
+    heard = [number for number in _STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, crew.stop) for number in heard}
     try:
         crew.work()
     finally:
@@ -78,7 +81,7 @@ class _Crew:
     def stop(self, number: int, _frame: object) -> None:
         self.stopped = True
         for process in list(self._running.values()):
-            process.send_signal(number)
+            process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
     def _lane(self, lane: int) -> None:
         while not self.stopped:

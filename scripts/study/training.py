@@ -54,7 +54,9 @@ def _check_same(run: Run, folder: Path) -> None:
     for flag, value in vars(parse_args(run.command())).items():
         asked, had = str(value), params.get(flag, str(value))
         if flag not in _FREE and _comparable(flag, asked) != _comparable(flag, had):
-            raise StudyError(f"{folder} was trained with {flag} {had}, not {asked}: move it away or choose another --logs")
+            raise StudyError(
+                f"{folder} was trained with {flag} {had}, not {asked}: move it away or choose another --logs"
+            )
 
 
 def _comparable(flag: str, text: str) -> float | str:

@@ -240,7 +240,8 @@ def test_a_failed_run_is_named_and_the_others_are_trained(setup: runs.Setup) -> 
     assert training.is_finished(due[1], setup.logs)
 
 
-def test_an_interruption_reaches_the_trainings(setup: runs.Setup, fake: None) -> None:
+@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGHUP])
+def test_an_interruption_reaches_the_trainings(setup: runs.Setup, fake: None, told: signal.Signals) -> None:
     run = runs.training_run(setup, "run-s8", "openclip", 128, 1e-3, 8)
     program = textwrap.dedent(f"""
         import sys
@@ -260,7 +261,7 @@ def test_an_interruption_reaches_the_trainings(setup: runs.Setup, fake: None) ->
             assert time.monotonic() < deadline
             time.sleep(0.05)
         began = time.monotonic()
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(told)
         assert "the same command goes on" in process.communicate(timeout=30)[1]
     assert process.returncode == 1
     assert time.monotonic() - began < 20
