@@ -47,10 +47,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("results/study"), help="where tables and figures go")
     parser.add_argument("--pairs", type=int, default=100_000, help="training pairs, in whole shards")
     parser.add_argument("--epochs", type=int, default=4, help="of the runs that are compared")
-    parser.add_argument("--tuning-epochs", type=int, default=2, help="of the runs that choose learning rates")
+    parser.add_argument("--short-epochs", type=int, default=2, help="of tuning and of the ablations")
     parser.add_argument("--lanes", type=int, help="trainings side by side (default: one per GPU, else one per core)")
     args = parser.parse_args(argv)
-    for name in ("pairs", "epochs", "tuning_epochs", "lanes"):
+    for name in ("pairs", "epochs", "short_epochs", "lanes"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise StudyError(f"--{name.replace('_', '-')} {value}: give 1 or more")
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse_args(argv)
         precision = "amp_bf16" if gpus() else "fp32"
-        setup = Setup(args.data, args.logs, args.epochs, args.tuning_epochs, args.pairs, precision)
+        setup = Setup(args.data, args.logs, args.epochs, args.short_epochs, args.pairs, precision)
         lanes = args.lanes or lanes_of_this_machine()
         for part in PARTS if args.part == "all" else (args.part,):
             print(f"==> {part}", flush=True)

@@ -10,14 +10,15 @@ from pathlib import Path
 from study.errors import StudyError
 
 METHODS = ("openclip", "siglip", "fastclip", "amorlip", "neuclip")
-BATCH_SIZES = (128, 512)
+# Of 100,000 pairs 32 are what 1,024 are of CC3M's 2.7 million: the share of the data that a published batch has.
+BATCH_SIZES = (32, 128)
 SEEDS = (0, 1, 2)
 # Learning rates are tried from these on; where the best lies at an end, the next one beyond is tried too.
 LEARNING_RATES = (5e-4, 1e-3, 2e-3)
 FURTHEST = (1.25e-4, 1.6e-2)
 
-# One restart of the prototypes per so many samples, whatever the batch: T_r = 500 at a batch of 128.
-_SAMPLES_PER_RESTART = 64_000
+# The prototypes begin anew after so many samples: T_r = 500, as published, at a batch of 32; a sixth of the data, as on CC3M.
+_SAMPLES_PER_RESTART = 16_000
 _WARMUP_SAMPLES = 25_600
 
 Flags = dict[str, str]
@@ -30,7 +31,8 @@ class Setup:
     Args:
         data: what scripts/data/build_study.py has made.
         logs: where the runs' folders go.
-        epochs: of a run of the comparison; a tuning run has `tuning_epochs`.
+        epochs: of a run of the comparison.
+        short_epochs: of the runs that choose learning rates, and of the ablations.
         pairs: training pairs, as many whole shards as hold at most so many.
         precision: of the towers: many CPUs have no instructions for bf16.
     """
@@ -38,7 +40,7 @@ class Setup:
     data: Path
     logs: Path
     epochs: int
-    tuning_epochs: int
+    short_epochs: int
     pairs: int
     precision: str = "fp32"
 
@@ -110,22 +112,23 @@ def training_run(
     batch_size: int,
     lr: float,
     seed: int,
+    epochs: int,
     more: Mapping[str, str | None] | None = None,
 ) -> Run:
-    """A run of the comparison or of an ablation, evaluated on held-out drawing styles at every epoch.
+    """A run of the comparison or of the ablations, evaluated on held-out drawing styles at every epoch.
 
     Args:
         more: flags in place of the method's; None takes one away.
     """
     flags = {
-        **_common(setup, batch_size, lr, seed, setup.epochs),
+        **_common(setup, batch_size, lr, seed, epochs),
         **method_flags(method, batch_size, lr),
         "val-data": str(setup.data / "retrieval_set"),
         "zeroshot-data": str(setup.data / "zeroshot"),
         "zeroshot-frequency": "1",
         # The normalizers' error over training is measured on the first seed's.
-        "save-frequency": "1" if seed == SEEDS[0] else str(setup.epochs),
-        **_length_flags(method, setup, setup.epochs),
+        "save-frequency": "1" if seed == SEEDS[0] else str(epochs),
+        **_length_flags(method, setup, epochs),
     }
     changed = {**flags, **(more or {})}
     return Run(name, {flag: value for flag, value in changed.items() if value is not None})
@@ -134,12 +137,12 @@ def training_run(
 def tuning_run(setup: Setup, method: str, batch_size: int, lr: float) -> Run:
     """A shorter run, evaluated once on pairs that nothing else is measured on."""
     flags = {
-        **_common(setup, batch_size, lr, SEEDS[0], setup.tuning_epochs),
+        **_common(setup, batch_size, lr, SEEDS[0], setup.short_epochs),
         **method_flags(method, batch_size, lr),
         "val-data": str(setup.data / "retrieval_combo"),
-        "val-frequency": str(setup.tuning_epochs),
-        "save-frequency": str(setup.tuning_epochs),
-        **_length_flags(method, setup, setup.tuning_epochs),
+        "val-frequency": str(setup.short_epochs),
+        "save-frequency": str(setup.short_epochs),
+        **_length_flags(method, setup, setup.short_epochs),
     }
     return Run(f"tune-{method}-b{batch_size}-lr{lr:g}", flags)
 
@@ -147,37 +150,38 @@ def tuning_run(setup: Setup, method: str, batch_size: int, lr: float) -> Run:
 def comparison_runs(setup: Setup, rates: Mapping[tuple[str, int], float]) -> list[Run]:
     """All methods, batch sizes and seeds; the first seed of everything first."""
     return [
-        training_run(setup, f"{method}-b{batch_size}-s{seed}", method, batch_size, rates[method, batch_size], seed)
+        training_run(setup, f"{method}-b{size}-s{seed}", method, size, rates[method, size], seed, setup.epochs)
         for seed in SEEDS
-        for batch_size in BATCH_SIZES
+        for size in BATCH_SIZES
         for method in METHODS
     ]
 
 
 def ablation_runs(setup: Setup, rates: Mapping[tuple[str, int], float]) -> list[Run]:
-    """NeuCLIP at the smaller batch with one thing changed; the comparison's own runs are the other end of every table."""
-    batch_size = BATCH_SIZES[0]
-    lr = rates["neuclip", batch_size]
+    """Short runs of NeuCLIP at the smaller batch with one thing changed, and with none."""
+    size = BATCH_SIZES[0]
+    lr = rates["neuclip", size]
     return [
-        training_run(setup, f"ablation-{name}-s{seed}", "neuclip", batch_size, lr, seed, flags)
+        training_run(setup, f"ablation-{name}-s{seed}", "neuclip", size, lr, seed, setup.short_epochs, flags)
         for seed in SEEDS
         for name, flags in _variants()
     ]
 
 
 def _variants() -> Iterator[tuple[str, dict[str, str | None]]]:
-    for value in ("0", "0.1", "0.2", "0.8"):
-        yield f"gamma{value}", {"gamma": value, **({"gamma_schedule": "constant"} if value == "0" else {})}
+    yield "none", {}
     # An MLP has nothing to begin anew from but random weights.
     yield "mlp", {"npn_arch": "mlp", "npn_num_protos": None, "npn_restart_iter": "0"}
     yield "separate", {"npn_objective": "separate"}
     yield "simultaneous", {"npn_optimization": "simultaneous"}
-    for value in ("0", "50", "2000"):
+    for value in ("0", "50", "5000"):
         yield f"Tr{value}", {"npn_restart_iter": value}
     for value in ("1", "3", "30"):
         yield f"Tu{value}", {"npn_repetition": value}
-    for value in ("512", "2048"):
+    for value in ("512", "1024"):
         yield f"m{value}", {"npn_num_protos": value}
+    for value in ("0", "0.2", "0.8"):
+        yield f"gamma{value}", {"gamma": value, **({"gamma_schedule": "constant"} if value == "0" else {})}
     yield "adagrad", {"npn_optimizer": "adagrad"}
     yield "adagrad-lr0.001", {"npn_optimizer": "adagrad", "npn_lr": "0.001"}
 

@@ -51,7 +51,7 @@ def setup(tmp_path: Path) -> runs.Setup:
     train = tmp_path / "data" / "train"
     train.mkdir(parents=True)
     (train / "sizes.json").write_text(json.dumps({"00001.tar": 100, "00000.tar": 100, "00002.tar": 30}))
-    return runs.Setup(tmp_path / "data", tmp_path / "logs", epochs=4, tuning_epochs=2, pairs=225)
+    return runs.Setup(tmp_path / "data", tmp_path / "logs", epochs=4, short_epochs=2, pairs=225)
 
 
 @pytest.fixture
@@ -78,23 +78,25 @@ def test_all_commands_are_training_s(setup: runs.Setup) -> None:
         # Each method sees the same samples.
         assert args.batch_size in runs.BATCH_SIZES
         assert args.warmup * args.batch_size == 25_600
-        assert args.epochs == (2 if run.name.startswith("tune") else 4)
+        assert args.epochs == (2 if run.name.startswith(("tune", "ablation")) else 4)
         if args.objective == "fastclip":
             assert (args.data_size, args.gamma_decay_epochs) == (200, args.epochs / 2)
         if args.objective == "neuclip" and not run.name.startswith("ablation"):
-            assert args.npn_restart_iter * args.batch_size == 64_000
+            assert args.npn_restart_iter * args.batch_size == 16_000
 
 
 def test_every_variant_changes_what_it_says(setup: runs.Setup) -> None:
-    plain = next(run for run in runs.comparison_runs(setup, some_rates()) if run.name == "neuclip-b128-s0")
+    plain, *changing = [run for run in runs.ablation_runs(setup, some_rates()) if run.name.endswith("-s0")]
+    compared = next(run for run in runs.comparison_runs(setup, some_rates()) if run.name == "neuclip-b32-s0")
+    assert plain.name == "ablation-none-s0"
+    assert {flag for flag, value in compared.flags.items() if plain.flags[flag] != value} == {"epochs", "keep-last"}
     resolved = vars(parse_args(plain.command()))
-    for run in runs.ablation_runs(setup, some_rates()):
-        if run.name.endswith("-s0"):
-            changed = {flag for flag in plain.flags | run.flags if plain.flags.get(flag) != run.flags.get(flag)}
-            assert changed, run.name
-            assert all(flag.startswith(("npn_", "gamma")) for flag in changed)
-            other = vars(parse_args(run.command()))
-            assert all(resolved[flag] != other[flag] for flag in changed), (run.name, changed)
+    for run in changing:
+        changed = {flag for flag in plain.flags | run.flags if plain.flags.get(flag) != run.flags.get(flag)}
+        assert changed, run.name
+        assert all(flag.startswith(("npn_", "gamma")) for flag in changed)
+        other = vars(parse_args(run.command()))
+        assert all(resolved[flag] != other[flag] for flag in changed), (run.name, changed)
 
 
 def test_data_smaller_than_a_shard_is_refused(setup: runs.Setup) -> None:
@@ -110,8 +112,8 @@ def test_tuning_goes_on_beyond_the_ends(setup: runs.Setup) -> None:
     best = tuning.best_rates(scores)
     assert best["siglip", 128] == 8e-3
     assert set(scores["siglip", 128]) == {5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2}
-    assert best["amorlip", 512] == 5e-4
-    assert set(scores["amorlip", 512]) == {2.5e-4, 5e-4, 1e-3, 2e-3}
+    assert best["amorlip", 32] == 5e-4
+    assert set(scores["amorlip", 32]) == {2.5e-4, 5e-4, 1e-3, 2e-3}
     assert best["openclip", 128] == 1e-3
     assert set(scores["openclip", 128]) == {5e-4, 1e-3, 2e-3}
 
@@ -153,9 +155,9 @@ def test_lanes_get_the_gpus_that_are_there(
 
 @pytest.mark.usefixtures("fake")
 def test_a_folder_with_another_run_is_refused(setup: runs.Setup) -> None:
-    run = runs.training_run(setup, "openclip-b128-s0", "openclip", 128, 1e-3, 0)
+    run = runs.training_run(setup, "openclip-b128-s0", "openclip", 128, 1e-3, 0, 4)
     training.train_all([run], setup.logs, lanes=1)
-    other = runs.training_run(setup, "openclip-b128-s0", "openclip", 128, 2e-3, 0)
+    other = runs.training_run(setup, "openclip-b128-s0", "openclip", 128, 2e-3, 0, 4)
     with pytest.raises(StudyError, match=r"was trained with lr 0\.001, not 0\.002"):
         training.train_all([other], setup.logs, lanes=1)
 
@@ -210,9 +212,9 @@ def test_nothing_is_measured_on_what_chooses_the_learning_rate(setup: runs.Setup
 def test_methods_differ_in_their_own_flags_alone(setup: runs.Setup) -> None:
     """Data, model, schedule, seed and what is evaluated are the same for all methods of a batch size."""
     for size in runs.BATCH_SIZES:
-        plain = runs.training_run(setup, "x", "openclip", size, 1e-3, 0).flags
+        plain = runs.training_run(setup, "x", "openclip", size, 1e-3, 0, 4).flags
         for method in runs.METHODS:
-            flags = runs.training_run(setup, "x", method, size, 1e-3, 0).flags
+            flags = runs.training_run(setup, "x", method, size, 1e-3, 0, 4).flags
             own = {flag for flag in flags | plain if flags.get(flag) != plain.get(flag)}
             assert own <= {
                 *runs.method_flags(method, size, 1e-3),
@@ -225,7 +227,7 @@ def test_methods_differ_in_their_own_flags_alone(setup: runs.Setup) -> None:
 
 @pytest.mark.usefixtures("fake")
 def test_a_run_that_cannot_be_begun_is_named(setup: runs.Setup) -> None:
-    due = [runs.training_run(setup, f"run-s{seed}", "openclip", 128, 1e-3, seed) for seed in (0, 1)]
+    due = [runs.training_run(setup, f"run-s{seed}", "openclip", 128, 1e-3, seed, 4) for seed in (0, 1)]
     (setup.logs / "output" / "run-s0.txt").mkdir(parents=True)  # its output cannot be written
     with pytest.raises(StudyError, match="failed: run-s0 "):
         training.train_all(due, setup.logs, lanes=1)
@@ -234,7 +236,7 @@ def test_a_run_that_cannot_be_begun_is_named(setup: runs.Setup) -> None:
 
 @pytest.mark.usefixtures("fake")
 def test_a_failed_run_is_named_and_the_others_are_trained(setup: runs.Setup) -> None:
-    due = [runs.training_run(setup, f"run-s{seed}", "openclip", 128, 1e-3, seed) for seed in (9, 1)]
+    due = [runs.training_run(setup, f"run-s{seed}", "openclip", 128, 1e-3, seed, 4) for seed in (9, 1)]
     with pytest.raises(StudyError, match=r"failed: run-s9 \(see .*run-s9\.txt\)"):
         training.train_all(due, setup.logs, lanes=1)
     assert training.is_finished(due[1], setup.logs)
@@ -242,7 +244,7 @@ def test_a_failed_run_is_named_and_the_others_are_trained(setup: runs.Setup) -> 
 
 @pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGHUP])
 def test_an_interruption_reaches_the_trainings(setup: runs.Setup, fake: None, told: signal.Signals) -> None:
-    run = runs.training_run(setup, "run-s8", "openclip", 128, 1e-3, 8)
+    run = runs.training_run(setup, "run-s8", "openclip", 128, 1e-3, 8, 4)
     program = textwrap.dedent(f"""
         import sys
         from pathlib import Path
@@ -270,7 +272,7 @@ def test_an_interruption_reaches_the_trainings(setup: runs.Setup, fake: None, to
 def test_figures_are_drawn_of_the_runs_that_there_are(
     setup: runs.Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("siglip-b128-s0", "neuclip-b128-s0", "neuclip-b128-s2", "openclip-b512-s1"):
+    for name in ("siglip-b128-s0", "neuclip-b128-s0", "neuclip-b128-s2", "openclip-b32-s1"):
         write_run(setup, name, 0.1)
     (setup.logs / "fastclip-b128-s0").mkdir()  # not measured yet
     called: list[list[str]] = []
@@ -278,7 +280,7 @@ def test_figures_are_drawn_of_the_runs_that_there_are(
     monkeypatch.setattr(report.normalizer_error, "main", lambda words: called.append(words) or 0)
     report.write_figures(setup, tmp_path / "out")
     paths = [[Path(word).name for word in words if word.startswith(str(setup.logs))] for words in called]
-    # Curves of all seeds, errors of the first one alone; at batch 512 there is no first seed yet.
+    # Curves of all seeds, errors of the first one alone; at batch 32 there is no first seed yet.
     assert paths == [["siglip-b128-s0", "neuclip-b128-s0", "neuclip-b128-s2"], ["siglip-b128-s0", "neuclip-b128-s0"]]
     assert [words[-1] for words in called] == [str(tmp_path / "out" / name) for name in ("curves-b128", "error-b128")]
     monkeypatch.setattr(report.figures, "main", lambda _: 2)
@@ -301,10 +303,11 @@ def write_run(setup: runs.Setup, name: str, value: float) -> None:
 def test_tables_hold_what_was_measured(setup: runs.Setup, tmp_path: Path) -> None:
     for seed, value in ((0, 0.10), (1, 0.12), (2, 0.14)):
         write_run(setup, f"neuclip-b128-s{seed}", value)
+        write_run(setup, f"ablation-none-s{seed}", value)
         write_run(setup, f"openclip-b128-s{seed}", value + 0.01)
-    write_run(setup, "neuclip-b512-s0", 0.15)
+    write_run(setup, "neuclip-b32-s0", 0.15)
     for seed in (0, 1):
-        write_run(setup, f"siglip-b512-s{seed}", 0.16)
+        write_run(setup, f"siglip-b32-s{seed}", 0.16)
     write_run(setup, "ablation-mlp-s0", 0.11)
     entries = [
         {"method": method, "batch_size": size, "lr": 2e-3, "scores": {"0.001": 0.01, "0.002": 0.05}}
@@ -318,10 +321,10 @@ def test_tables_hold_what_was_measured(setup: runs.Setup, tmp_path: Path) -> Non
     assert "| 128 | openclip | 0.001 | 3 | **13.0 ± 2.0** |" in next(line for line in lines if "128 | openclip" in line)
     assert "| 128 | siglip | 0.001 | 0 | – |" in next(line for line in lines if "128 | siglip" in line)
     # One seed against two, three against one: nothing is best.
-    assert "| 512 | neuclip | 0.001 | 1 | 15.0 |" in next(line for line in lines if "512 | neuclip" in line)
-    assert "| 512 | siglip | 0.001 | 2 | 16.0 ± 0.0 |" in next(line for line in lines if "512 | siglip" in line)
+    assert "| 32 | neuclip | 0.001 | 1 | 15.0 |" in next(line for line in lines if "32 | neuclip" in line)
+    assert "| 32 | siglip | 0.001 | 2 | 16.0 ± 0.0 |" in next(line for line in lines if "32 | siglip" in line)
     ablations = (tmp_path / "out" / "ablations.md").read_text()
-    assert "| as compared | 3 | 12.0 ± 2.0 |" in ablations
+    assert "| none | 3 | 12.0 ± 2.0 |" in ablations
     assert "| mlp | 1 | 11.0 |" in ablations
     # Medians, without the beginning.
     assert "| 128 | neuclip | 200 | 20.0 | 10.0 | 1280 |" in (tmp_path / "out" / "cost.md").read_text()
