@@ -210,7 +210,13 @@ def test_an_interrupted_build_leaves_nothing(
 def test_a_killed_build_leaves_nothing(tmp_path: Path, told: signal.Signals) -> None:
     """By kill, and by a connection that is lost."""
     command = [sys.executable, str(SCRIPTS / "build_quickstart.py"), "--out", str(tmp_path / "data")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # Under nohup, where the tests may have been started, SIGHUP would be ignored.
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 20
     while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -246,8 +246,9 @@ def test_a_failed_run_is_named_and_the_others_are_trained(setup: runs.Setup) -> 
 def test_an_interruption_reaches_the_trainings(setup: runs.Setup, fake: None, told: signal.Signals) -> None:
     run = runs.training_run(setup, "run-s8", "openclip", 128, 1e-3, 8, 4)
     program = textwrap.dedent(f"""
-        import sys
+        import signal, sys
         from pathlib import Path
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as without nohup, under which the tests may have been started
         sys.path.insert(0, {str(ROOT / "scripts")!r})
         from study import lanes
         lanes.ROOT = Path({str(lanes.ROOT)!r})
