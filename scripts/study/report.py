@@ -14,7 +14,7 @@ from evaluation.comparison import commands as figures
 from evaluation.comparison.tables import Cell, Column, Table, markdown, with_best, write_table
 from study.errors import StudyError
 from study.measure import FILE
-from study.runs import BATCH_SIZES, METHODS, SEEDS, Run, Setup, ablation_runs
+from study.runs import BATCH_SIZES, METHODS, SEEDS, Run, Setup, ablation_runs, memory_runs, visits_runs
 from study.tuning import Case
 
 # Of study.json; shares, shown in percent.
@@ -48,6 +48,8 @@ def write_report(setup: Setup, rates: Mapping[Case, float], out: Path) -> list[P
         "comparison": comparison_table(setup, rates),
         "tuning": tuning_table(setup),
         "ablations": ablation_table(setup, rates),
+        "memory": memory_table(setup, rates),
+        "visits": visits_table(setup, rates),
         "cost": cost_table(setup),
     }
     written = [path for name, table in tables.items() if table.rows for path in write_table(table, out, name)]
@@ -98,10 +100,23 @@ def comparison_table(setup: Setup, rates: Mapping[Case, float]) -> Table:
 
 def ablation_table(setup: Setup, rates: Mapping[Case, float]) -> Table:
     """Short runs of NeuCLIP at the smaller batch with one thing changed; nothing in the first row."""
-    prefix = "ablation-"
-    names = dict.fromkeys(_without_seed(run).removeprefix(prefix) for run in ablation_runs(setup, rates))
+    return _table_of(ablation_runs(setup, rates), "ablation-", "changed", setup)
+
+
+def memory_table(setup: Setup, rates: Mapping[Case, float]) -> Table:
+    """Short runs of FastCLIP at the smaller batch by what γ falls to."""
+    return _table_of(memory_runs(setup, rates), "memory-", "fastclip", setup)
+
+
+def visits_table(setup: Setup, rates: Mapping[Case, float]) -> Table:
+    """As many samples seen at the smaller batch, of fewer pairs."""
+    return _table_of(visits_runs(setup, rates), "visits-", "method", setup)
+
+
+def _table_of(runs: Sequence[Run], prefix: str, label: str, setup: Setup) -> Table:
+    names = dict.fromkeys(_without_seed(run).removeprefix(prefix) for run in runs)
     rows = [Row((name,), _finished(setup, prefix + name)) for name in names]
-    return Table([Column("changed", "changed"), *_metric_columns()], _with_metrics([row for row in rows if row.runs]))
+    return Table([Column(label, label), *_metric_columns()], _with_metrics([row for row in rows if row.runs]))
 
 
 def tuning_table(setup: Setup) -> Table:

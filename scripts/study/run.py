@@ -5,7 +5,7 @@
     python scripts/data/build_study.py --out data/study
     python scripts/study/run.py all --data data/study --logs logs/study --out results/study
 
-Parts, each of which needs those before it: tune, compare, ablate, measure, report.
+Parts, each of which needs those before it: tune, compare, ablate, explain, measure, report.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from study.errors import StudyError
 from study.lanes import Job, gpus, lanes_of_this_machine, work_off
 from study.measure import is_measured
 from study.report import write_figures, write_report
-from study.runs import SEEDS, Run, Setup, ablation_runs, comparison_runs
+from study.runs import SEEDS, Run, Setup, ablation_runs, comparison_runs, memory_runs, visits_runs
 from study.training import is_finished, train_all
 from study.tuning import Case, best_rates, tune
 
-PARTS = ("tune", "compare", "ablate", "measure", "report")
+PARTS = ("tune", "compare", "ablate", "explain", "measure", "report")
 SETS = ("train", "retrieval_set", "retrieval_combo", "retrieval_concept", "zeroshot")
 
 
@@ -72,6 +72,9 @@ def run_part(part: str, setup: Setup, out: Path, lanes: int) -> None:
         train(comparison_runs(setup, read_rates(setup)))
     elif part == "ablate":
         train(ablation_runs(setup, read_rates(setup)))
+    elif part == "explain":
+        runs = [*memory_runs(setup, read_rates(setup)), *visits_runs(setup, read_rates(setup))]
+        train(sorted(runs, key=lambda run: run.flags["seed"]))
     elif part == "measure":
         measure(setup, read_rates(setup), lanes)
     else:
@@ -81,8 +84,9 @@ def run_part(part: str, setup: Setup, out: Path, lanes: int) -> None:
 
 def measure(setup: Setup, rates: dict[Case, float], lanes: int) -> None:
     """Measure all runs that are finished: on every held-out set, and of the first seed the error of the normalizers."""
-    compared = comparison_runs(setup, rates)
-    runs = [run for run in [*compared, *ablation_runs(setup, rates)] if is_finished(run, setup.logs)]
+    over_training = [*comparison_runs(setup, rates), *visits_runs(setup, rates)]
+    all_runs = [*over_training, *ablation_runs(setup, rates), *memory_runs(setup, rates)]
+    runs = [run for run in all_runs if is_finished(run, setup.logs)]
     jobs = [
         _job("study", run, "scripts/study/measure.py", str(setup.logs / run.name), f"--data={setup.data}", setup=setup)
         for run in runs
@@ -97,7 +101,7 @@ def measure(setup: Setup, rates: dict[Case, float], lanes: int) -> None:
             "--workers=1",
             setup=setup,
         )
-        for run in compared
+        for run in over_training
         if run in runs and run.flags["seed"] == str(SEEDS[0])
     ]
     work_off(jobs, lanes)

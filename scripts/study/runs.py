@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from study.errors import StudyError
@@ -19,6 +19,8 @@ FURTHEST = (1.25e-4, 1.6e-2)
 
 # The prototypes begin anew after so many samples: T_r = 500, as published, at a batch of 32; a sixth of the data, as on CC3M.
 _SAMPLES_PER_RESTART = 16_000
+# So many times the epochs, over a part of the data as much smaller: the same samples seen.
+MORE_VISITS = 5
 _WARMUP_SAMPLES = 25_600
 
 Flags = dict[str, str]
@@ -165,6 +167,37 @@ def ablation_runs(setup: Setup, rates: Mapping[tuple[str, int], float]) -> list[
         training_run(setup, f"ablation-{name}-s{seed}", "neuclip", size, lr, seed, setup.short_epochs, flags)
         for seed in SEEDS
         for name, flags in _variants()
+    ]
+
+
+def visits_runs(setup: Setup, rates: Mapping[tuple[str, int], float]) -> list[Run]:
+    """As many samples seen at the smaller batch, but of fewer pairs, each of them more often.
+
+    For the methods of which the papers say in what order they come. What is remembered per sample is out of date by an
+    epoch, and how much a model changes within one depends on how many there are.
+    """
+    size = BATCH_SIZES[0]
+    few = replace(setup, pairs=setup.pairs // MORE_VISITS, epochs=setup.epochs * MORE_VISITS)
+    seldom = {"save-frequency": str(max(1, few.epochs // 4)), "keep-last": "4"}
+    return [
+        training_run(few, f"visits-{method}-s{seed}", method, size, rates[method, size], seed, few.epochs, seldom)
+        for seed in SEEDS
+        for method in ("openclip", "fastclip", "neuclip")
+    ]
+
+
+def memory_runs(setup: Setup, rates: Mapping[tuple[str, int], float]) -> list[Run]:
+    """Short runs of FastCLIP at the smaller batch whose averages remember less; γ 1 forgets all but the present batch."""
+    size = BATCH_SIZES[0]
+    lr = rates["fastclip", size]
+    return [
+        training_run(setup, f"memory-gamma{gamma}-s{seed}", "fastclip", size, lr, seed, setup.short_epochs, flags)
+        for seed in SEEDS
+        for gamma, flags in (
+            ("0.2", {}),
+            *((value, {"gamma": value}) for value in ("0.5", "0.8")),
+            ("1", {"gamma": "1.0", "gamma_schedule": "constant", "gamma_decay_epochs": None}),
+        )
     ]
 
 

@@ -99,6 +99,41 @@ def test_every_variant_changes_what_it_says(setup: runs.Setup) -> None:
         assert all(resolved[flag] != other[flag] for flag in changed), (run.name, changed)
 
 
+def more_shards(setup: runs.Setup) -> runs.Setup:
+    """Enough for a part of them to be whole shards."""
+    sizes = {f"{shard:05d}.tar": 100 for shard in range(10)}
+    (setup.data / "train" / "sizes.json").write_text(json.dumps(sizes))
+    return replace(setup, pairs=1000)
+
+
+def test_visits_are_more_of_fewer_pairs(setup: runs.Setup) -> None:
+    setup = more_shards(setup)
+    compared = {run.name: parse_args(run.command()) for run in runs.comparison_runs(setup, some_rates())}
+    for run in runs.visits_runs(setup, some_rates()):
+        args = parse_args(run.command())
+        whole = compared[run.name.replace("visits-", "").replace("-s", "-b32-s")]
+        assert (args.train_data, args.epochs) == (f"{setup.data}/train/{{00000..00001}}.tar", 20)
+        differ = {flag for flag, value in vars(whole).items() if getattr(args, flag) != value}
+        lengths = {"gamma_decay_epochs", "data_size"} if args.objective == "fastclip" else set()
+        assert differ - {"save_frequency", "keep_last"} == {"name", "train_data", "epochs", "stop_epochs"} | lengths
+        if args.objective == "fastclip":
+            assert (args.data_size, args.gamma_decay_epochs) == (200, 10)
+
+
+def test_memory_differs_in_gamma_alone(setup: runs.Setup) -> None:
+    plain, *changed = (run for run in runs.memory_runs(setup, some_rates()) if run.name.endswith("-s0"))
+    short = runs.training_run(setup, plain.name, "fastclip", 32, 1e-3, 0, setup.short_epochs)
+    assert plain.flags == short.flags
+    found = {}
+    for run in changed:
+        args = parse_args(run.command())
+        found[args.gamma] = args.gamma_schedule
+        differ = {flag for flag in plain.flags | run.flags if plain.flags.get(flag) != run.flags.get(flag)}
+        assert "gamma" in differ
+        assert all(flag.startswith("gamma") for flag in differ)
+    assert found == {0.5: "cosine_step", 0.8: "cosine_step", 1.0: "constant"}
+
+
 def test_data_smaller_than_a_shard_is_refused(setup: runs.Setup) -> None:
     small = runs.Setup(setup.data, setup.logs, 1, 1, pairs=99)
     with pytest.raises(StudyError, match=r"--pairs 99 .* give more"):
@@ -183,7 +218,9 @@ def test_a_folder_of_other_data_or_of_another_variant_is_refused(setup: runs.Set
 
 def test_a_run_is_known_by_what_training_writes(setup: runs.Setup) -> None:
     """params.txt holds resolved values: 1e-06 for 1e-6, True for a switch, paths of the machine that trained."""
+    setup = more_shards(setup)
     all_runs = [*runs.comparison_runs(setup, some_rates()), *runs.ablation_runs(setup, some_rates())]
+    all_runs += [*runs.visits_runs(setup, some_rates()), *runs.memory_runs(setup, some_rates())]
     all_runs += [runs.tuning_run(setup, method, size, 2e-3) for method in runs.METHODS for size in runs.BATCH_SIZES]
     for run in all_runs:
         args = parse_args(run.command())
@@ -200,7 +237,9 @@ def test_nothing_is_measured_on_what_chooses_the_learning_rate(setup: runs.Setup
         for size in runs.BATCH_SIZES
     }
     assert chosen_on == {"retrieval_combo"}
+    setup = more_shards(setup)
     all_runs = [*runs.comparison_runs(setup, some_rates()), *runs.ablation_runs(setup, some_rates())]
+    all_runs += [*runs.visits_runs(setup, some_rates()), *runs.memory_runs(setup, some_rates())]
     looked_at = {Path(run.flags[flag]).name for run in all_runs for flag in ("val-data", "zeroshot-data")}
     assert not chosen_on & (looked_at | {*measure.PAIRS, measure.ZEROSHOT})
     assert {name.split("/retrieval/")[0].split("/top1")[0] for name in report.HEADLINES} <= {
@@ -305,6 +344,8 @@ def test_tables_hold_what_was_measured(setup: runs.Setup, tmp_path: Path) -> Non
     for seed, value in ((0, 0.10), (1, 0.12), (2, 0.14)):
         write_run(setup, f"neuclip-b128-s{seed}", value)
         write_run(setup, f"ablation-none-s{seed}", value)
+        write_run(setup, f"visits-neuclip-s{seed}", value)
+        write_run(setup, f"memory-gamma0.5-s{seed}", value)
         write_run(setup, f"openclip-b128-s{seed}", value + 0.01)
     write_run(setup, "neuclip-b32-s0", 0.15)
     for seed in (0, 1):
@@ -315,6 +356,7 @@ def test_tables_hold_what_was_measured(setup: runs.Setup, tmp_path: Path) -> Non
         for method, size in some_rates()
     ]
     (setup.logs / "rates.json").write_text(json.dumps(entries))
+    setup = more_shards(setup)
     report.write_report(setup, some_rates(), tmp_path / "out")
     lines = (tmp_path / "out" / "comparison.md").read_text().splitlines()
     row = next(line for line in lines if "| 128 | neuclip |" in line)
@@ -327,6 +369,8 @@ def test_tables_hold_what_was_measured(setup: runs.Setup, tmp_path: Path) -> Non
     ablations = (tmp_path / "out" / "ablations.md").read_text()
     assert "| none | 3 | 12.0 ± 2.0 |" in ablations
     assert "| mlp | 1 | 11.0 |" in ablations
+    assert "| neuclip | 3 | 12.0 ± 2.0 |" in (tmp_path / "out" / "visits.md").read_text()
+    assert "| gamma0.5 | 3 | 12.0 ± 2.0 |" in (tmp_path / "out" / "memory.md").read_text()
     # Medians, without the beginning.
     assert "| 128 | neuclip | 200 | 20.0 | 10.0 | 1280 |" in (tmp_path / "out" / "cost.md").read_text()
     assert "**5.00**" in (tmp_path / "out" / "tuning.md").read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from training.data.samples import (
 )
 from training.data.verify import BAD_FACTS, BAD_KEY, verify_shard
 
+SRC = Path(__file__).resolve().parents[3] / "src"
 # The beginning of what a decoder would go on with.
 PIXELS = struct.pack(">I", 16) + b"IDAT" + bytes(16)
 
@@ -232,7 +234,8 @@ for path in sys.argv[1:]:
     for side in (10_000, 50_000):
         (tmp_path / f"{side}.png").write_bytes(bomb(side))
     paths = sorted(map(str, tmp_path.iterdir()))
-    done = subprocess.run([sys.executable, "-c", program, *paths], capture_output=True, text=True, timeout=120)
+    env = {**os.environ, "PYTHONPATH": str(SRC)}
+    done = subprocess.run([sys.executable, "-c", program, *paths], env=env, capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines() == [Problem.HUGE_IMAGE] * 2, done.stderr
     assert "pixels" not in done.stderr
 

@@ -16,6 +16,8 @@ from training.data.index import main
 from training.data.verify import verify_shard
 from training.params import parse_args
 
+SRC = Path(__file__).resolve().parents[3] / "src"
+
 
 def report_of(folder: Path, capsys, *flags: str) -> tuple[int, dict[str, dict], str]:
     """Status, lines of the report by name of the shard, and what was printed."""
@@ -139,7 +141,7 @@ def test_names_that_cannot_be_printed(tmp_path: Path, kit) -> None:
             tar.addfile(tarfile.TarInfo(name))
     done = subprocess.run(
         [sys.executable, "-m", "training.data.index", str(tmp_path), "--verify", "--workers", "1"],
-        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+        env={**os.environ, "PYTHONPATH": str(SRC), "PYTHONIOENCODING": "utf-8:strict"},
         capture_output=True,
         text=True,
         check=False,
