@@ -114,8 +114,9 @@ def test_visits_are_more_of_fewer_pairs(setup: runs.Setup) -> None:
         whole = compared[run.name.replace("visits-", "").replace("-s", "-b32-s")]
         assert (args.train_data, args.epochs) == (f"{setup.data}/train/{{00000..00001}}.tar", 20)
         differ = {flag for flag, value in vars(whole).items() if getattr(args, flag) != value}
-        lengths = {"gamma_decay_epochs", "data_size"} if args.objective == "fastclip" else set()
-        assert differ - {"save_frequency", "keep_last"} == {"name", "train_data", "epochs", "stop_epochs"} | lengths
+        lengths = {"fastclip": {"gamma_decay_epochs", "data_size"}, "neuclip": {"gamma_decay_epochs"}}
+        named = {"name", "train_data", "epochs", "stop_epochs", *lengths.get(args.objective, ())}
+        assert differ - {"save_frequency", "keep_last"} == named
         if args.objective == "fastclip":
             assert (args.data_size, args.gamma_decay_epochs) == (200, 10)
 
