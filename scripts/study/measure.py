@@ -27,11 +27,12 @@ from evaluation.whole_files import write_whole
 FILE = "study.json"
 # Drawing styles that were never trained; names that were never trained.
 PAIRS = ("retrieval_set", "retrieval_concept")
-ZEROSHOT = "zeroshot"
+# Trained names in those styles; names that were never trained.
+ZEROSHOT = ("zeroshot", "zeroshot_concept")
 
 
 def measure(run: RunFolder, data: Path, setting: Setting) -> dict[str, Any]:
-    """The metrics of a run's last checkpoint on PAIRS and on ZEROSHOT.
+    """The metrics of a run's last checkpoint on the sets of PAIRS and of ZEROSHOT.
 
     Returns:
         {"sha256": of the checkpoint, "chance": {…}, "metrics": {"SET/metric": share or rank}}.
@@ -45,12 +46,15 @@ def measure(run: RunFolder, data: Path, setting: Setting) -> dict[str, Any]:
         measured, _ = measure_pairs(loaded.model, pairs, setting)
         metrics |= {f"{name}/{key}": value for key, value in measured.metrics.items()}
         chance |= {f"{name}/{key}": value for key, value in measured.chance.items()}
-    source = open_classification(str(data / ZEROSHOT), loaded.preprocess_val)
-    measured = measure_classification(loaded.model, loaded.tokenizer, source, setting)
+    for name in ZEROSHOT:
+        source = open_classification(str(data / name), loaded.preprocess_val)
+        measured = measure_classification(loaded.model, loaded.tokenizer, source, setting)
+        metrics |= {f"{name}/{key.removeprefix('zeroshot/')}": value for key, value in measured.metrics.items()}
+        chance |= {f"{name}/{key.removeprefix('zeroshot/')}": value for key, value in measured.chance.items()}
     return {
         "sha256": checkpoint.sha256(),
-        "chance": chance | measured.chance,
-        "metrics": metrics | measured.metrics,
+        "chance": chance,
+        "metrics": metrics,
     }
 
 

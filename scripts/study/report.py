@@ -23,7 +23,8 @@ HEADLINES = {
     "retrieval_set/retrieval/text_to_image_R@1": "styles R@1 t→i",
     "retrieval_concept/retrieval/image_to_text_R@1": "names R@1 i→t",
     "retrieval_concept/retrieval/text_to_image_R@1": "names R@1 t→i",
-    "zeroshot/top1": "zero-shot top-1",
+    "zeroshot/top1": "styles zero-shot",
+    "zeroshot_concept/top1": "names zero-shot",
 }
 CURVES = ("image_to_text_R@1", "text_to_image_R@1", "zeroshot-val-top1", "contrastive_loss", "temperature")
 # Steps at the beginning of a run that no time is taken from.

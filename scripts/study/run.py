@@ -31,7 +31,7 @@ from study.training import is_finished, train_all
 from study.tuning import Case, best_rates, tune
 
 PARTS = ("tune", "compare", "ablate", "explain", "measure", "report")
-SETS = ("train", "retrieval_set", "retrieval_combo", "retrieval_concept", "zeroshot")
+SETS = ("train", "retrieval_set", "retrieval_combo", "retrieval_concept", "zeroshot", "zeroshot_concept")
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
