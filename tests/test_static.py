@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,13 +39,13 @@ def test_scripts_are_executable() -> None:
 BATCH_JOBS = [path for path in SHELL_SCRIPTS if path.suffix == ".sbatch"]
 
 
-@pytest.mark.parametrize("script", BATCH_JOBS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", BATCH_JOBS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_batch_jobs_live_through_interruptions(script: Path) -> None:
     """What `train`, `evaluate` and `restartable` of common.sh rely on; these lines cannot be sourced."""
     text = script.read_text(encoding="utf-8")
     asked = {line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")}
     assert {"--open-mode=append", "--requeue"} <= asked
-    assert "scripts/slurm/common.sh" in text
+    assert re.search(r"^source .*/scripts/slurm/(\w+/)?common\.sh\"", text, re.MULTILINE)
     started = [
         line.split()[0] for line in text.splitlines() if line.startswith(("train ", "evaluate ", "restartable "))
     ]

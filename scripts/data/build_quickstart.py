@@ -16,18 +16,15 @@ twenty is held out by its name, so no name of the test split was ever trained. T
 """
 
 import argparse
-import json
-import os
-import signal
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from quickstart import BUILDER_VERSION, BuildError
+from building import BuildError
+from building.flags import add_flags, check_flags
+from building.folder import build_and_rename, is_complete
+from quickstart import BUILDER_VERSION
 from quickstart.dataset import Options, build
 from quickstart.sources import SOURCES
 
@@ -38,65 +35,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description="Build image-text shards from the drawings in a few Python packages.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to make")
-    parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels, 16 to 1024")
-    parser.add_argument("--samples-per-shard", type=int, default=1000)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="rendering processes")
-    parser.add_argument("--limit", type=int, default=None, help="build from about this many drawings only, for a test")
+    add_flags(parser)
     args = parser.parse_args(argv)
-    if not 16 <= args.size <= 1024:
-        raise BuildError(f"--size {args.size} is out of range; use 16 to 1024 pixels")
-    for flag, value in (
-        ("--samples-per-shard", args.samples_per_shard),
-        ("--workers", args.workers),
-        ("--limit", args.limit),
-    ):
-        if value is not None and value < 1:
-            raise BuildError(f"{flag} {value} is out of range; use 1 or more")
+    check_flags(args)
     return args
-
-
-def finished_manifest(out: Path) -> dict | None:
-    """Read the manifest of a finished build; None where there is nothing yet.
-
-    Raises:
-        BuildError: `out` holds something that this builder did not make.
-    """
-    try:
-        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-        if isinstance(manifest, dict) and "builder_version" in manifest:
-            return manifest
-    except (OSError, ValueError):
-        pass
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise BuildError(f"--out {out} exists and is no quickstart data; name another folder or move it away")
-    return None
-
-
-def build_and_rename(out: Path, options: Options, workers: int) -> dict:
-    """Build beside `out` and move the result there when it is complete: `out` is never half-built."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        exit_on_sigterm(),
-        tempfile.TemporaryDirectory(prefix=f".{out.name}-unfinished-", dir=out.parent) as temporary,
-    ):
-        folder = Path(temporary, "new")
-        folder.mkdir()
-        manifest = build(folder, options, workers)
-        if out.exists():
-            out.rename(Path(temporary, "old"))
-        folder.rename(out)
-    return manifest
-
-
-@contextmanager
-def exit_on_sigterm() -> Iterator[None]:
-    """Make an ordinary kill raise, as Ctrl-C does, so that what is unfinished gets removed."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def print_summary(out: Path, manifest: dict) -> None:
@@ -116,15 +58,10 @@ def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
     try:
         args = parse_args(argv)
-        out = args.out.absolute()
         options = Options(size=args.size, samples_per_shard=args.samples_per_shard, limit=args.limit)
-        manifest = finished_manifest(out)
-        if manifest is not None:
-            if manifest["builder_version"] == BUILDER_VERSION and manifest.get("options") == asdict(options):
-                print(f"{args.out} is complete (builder version {BUILDER_VERSION}); nothing to do")
-                return 0
-            print(f"{args.out} was built with other options or by another version; building it anew")
-        manifest = build_and_rename(out, options, args.workers)
+        if is_complete(args.out, "quickstart", BUILDER_VERSION, asdict(options)):
+            return 0
+        manifest = build_and_rename(args.out, lambda folder: build(folder, options, args.workers))
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -16,25 +15,10 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from evaluation.figure_style import COLORS, DOTS_PER_INCH, LAYOUT, LINE_STYLES, MUTED, STYLE
-from evaluation.records import Record, read_records
+from evaluation.records import Record, read_records, series
 from evaluation.whole_files import replacing
 
 FIGURE_INCHES = (12.0, 8.0)
-
-
-def series(records: Iterable[Record], x: str, y: str) -> tuple[list[float], list[float]]:
-    """The points of y over x, in the order of x. Where a resumed run wrote an x twice, the later value holds."""
-    points = {
-        float(record[x]): float(record[y])
-        for record in records
-        if _is_number(record.get(x)) and _is_number(record.get(y))
-    }
-    ordered = sorted(points)
-    return ordered, [points[position] for position in ordered]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def plot_curves(runs: Mapping[str, Path], path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,3 +27,18 @@ def read_records(path: Path) -> list[Record]:
         if isinstance(record, dict):
             records.append(record)
     return records
+
+
+def series(records: Iterable[Record], x: str, y: str) -> tuple[list[float], list[float]]:
+    """The points of y over x, in the order of x. Where a resumed run wrote an x twice, the later value holds."""
+    points = {
+        float(record[x]): float(record[y])
+        for record in records
+        if _is_number(record.get(x)) and _is_number(record.get(y))
+    }
+    ordered = sorted(points)
+    return ordered, [points[position] for position in ordered]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -2,7 +2,11 @@
 
 from evaluation.errors import UNREADABLE, UserError, reason_of
 
-__all__ = ["UNREADABLE", "OneRankError", "OtherRankError", "UserError", "reason_of"]
+__all__ = ["UNREADABLE", "AbsentDataError", "OneRankError", "OtherRankError", "UserError", "reason_of"]
+
+
+class AbsentDataError(UserError):
+    """None of the files that --train-data names is there: a wrong path, or another machine than the one that trains."""
 
 
 class OneRankError(UserError):

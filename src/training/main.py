@@ -32,6 +32,7 @@ from training.checkpoint import Continuation, check_whole, newest_checkpoint, re
 from training.checkpoint_writer import CheckpointWriter
 from training.data import NoUsableSamplesError, check_train_data
 from training.distributed import World
+from training.dry_run import dry_run
 from training.errors import OneRankError, OtherRankError, UserError
 from training.evaluate import Evaluator
 from training.failures import END_SECONDS, FailureWatch, end_process
@@ -100,10 +101,12 @@ def _run(args: Namespace, signals: Signals, started: float) -> int:
         failures = FailureWatch(world, args.dist_url)
         signals.end = partial(failures.end_all, status=EXIT_INTERRUPTED, what="was asked to end")
         status = 0
-        if args.bench_data is None:
-            status = train(args, world, signals, failures, started)
-        else:
+        if args.dry_run is not None:
+            dry_run(args, world)
+        elif args.bench_data is not None:
             bench_data(args, world)
+        else:
+            status = train(args, world, signals, failures, started)
     except OtherRankError as error:
         # That rank tells why, and ends this process through its note.
         time.sleep(END_SECONDS)
@@ -150,6 +153,15 @@ def train(args: Namespace, world: World, signals: Signals, failures: FailureWatc
     """
     args.name = world.from_main(args.name or default_name(args))
     folder = RunFolder(args.logs, args.name)
+    try:
+        return _train(args, folder, world, signals, failures, started)
+    finally:
+        folder.release()
+
+
+def _train(
+    args: Namespace, folder: RunFolder, world: World, signals: Signals, failures: FailureWatch, started: float
+) -> int:
     world.check_together(lambda: _check_inputs(args, folder, world))
 
     bundle = world.check_together(lambda: build_model(args, OBJECTIVES[args.objective], world.device))
@@ -312,6 +324,10 @@ def _write_plan(args: Namespace, world: World, folder: RunFolder, training: Trai
     if not world.is_main:
         return
     try:
+        changed = folder.changed_flags(args)
+        if changed:
+            # The same command with other flags is as likely meant as another run, for which its --name was not changed.
+            logging.warning("run %s goes on with other flags than before: %s", args.name, "; ".join(changed))
         folder.write_params(args)
         copy_model_configs(args.model_config, folder.model_configs)
     except OSError as error:
@@ -338,6 +354,7 @@ def _check_inputs(args: Namespace, folder: RunFolder, world: World) -> None:
         if args.remote_sync:
             Remote(args.remote_sync, folder.name).check(args.resume)
         folder.create()
+        folder.hold()
         remove_leftovers(folder.checkpoints)
         if args.resume == "latest" and args.remote_sync:
             # Before anything is written here that the remote copy has too.

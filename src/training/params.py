@@ -168,6 +168,15 @@ def _data(parser: ArgumentParser) -> None:
         help=f"train nothing: run the loader alone for so many steps ({BENCH_STEPS}) and print where its time goes",
     )
     add(
+        "--dry-run",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="RANKS",
+        help="train nothing: resolve everything, print the plan (of RANKS ranks, if given), take two steps on synthetic data, "
+        "leave nothing behind; --train-data need not be there",
+    )
+    add(
         "--max-bad-fraction",
         type=float,
         metavar="SHARE",
@@ -346,6 +355,8 @@ def _fill_defaults(args: Namespace) -> None:
         args.lr_tau = args.lr
     if args.stop_epochs < 0 or args.stop_epochs > args.epochs:
         args.stop_epochs = args.epochs
+    if args.dry_run is not None and args.train_data is None and args.dataset_type == "auto":
+        args.dataset_type = "synthetic"
     if args.force_image_size is not None and len(args.force_image_size) == 1:
         args.force_image_size = args.force_image_size[0]
 
@@ -368,7 +379,7 @@ _RANGES = {
     **dict.fromkeys(("epochs", "log_every_n_steps", "val_num_samples", "dist_timeout", "epochs_cooldown"), _COUNT),
     **dict.fromkeys(("eval_timeout", "save_every_n_steps"), _COUNT),
     **dict.fromkeys(("save_every_minutes", "max_hours"), _POSITIVE),
-    **dict.fromkeys(("data_timeout", "keep_last"), _NOT_NEGATIVE),
+    **dict.fromkeys(("data_timeout", "keep_last", "dry_run"), _NOT_NEGATIVE),
     "max_bad_fraction": _SHARE,
     **dict.fromkeys(("warmup", "save_frequency", "val_frequency", "zeroshot_frequency"), _NOT_NEGATIVE),
     **dict.fromkeys(("wd", "eps", "lr_min", "lr_tau", "lr_cooldown_end", "lr_cooldown_power"), _NOT_NEGATIVE),
@@ -391,6 +402,8 @@ def _check_ranges(args: Namespace) -> None:
 def _check(args: Namespace) -> None:
     _check_ranges(args)
     check_flags(data_config(args, needs_keys=False))
+    if args.dry_run is not None and args.bench_data is not None:
+        raise UserError(f"--bench-data {args.bench_data} reads data and --dry-run does not: drop one of the two")
     if args.device == "cpu" and args.dist_backend == "nccl":
         raise UserError("--dist-backend nccl needs GPUs: use gloo with --device cpu, or leave the flag out")
     if args.ddp_static_graph and args.accum_freq > 1:

@@ -39,8 +39,7 @@ def plan_lines(
         "model": f"{args.model}, {total:,} parameters, {trainable:,} trainable",
         "precision": args.precision,
         "gradients": _gradients_in_words(args, world),
-        "optimizer": f"{args.optimizer}, lr {args.lr:g} ({args.lr_scheduler}, {args.warmup} steps of warmup), wd {args.wd:g}, "
-        f"lr_tau {args.lr_tau:g} ({args.lr_tau_scheduler})",
+        "optimizer": _optimizer_in_words(args),
         "git": git_revision(),
         "versions": _versions(),
     }
@@ -63,6 +62,16 @@ def git_revision() -> str:
 def _batch_in_words(args: Namespace, world: World) -> str:
     pieces = f" × {args.accum_freq} micro-batches" if args.accum_freq > 1 else ""
     return f"{args.batch_size} per rank{pieces}, {args.batch_size * args.accum_freq * world.size} in all"
+
+
+def _optimizer_in_words(args: Namespace) -> str:
+    moments = {"sgd": f"momentum {args.momentum:g}", "lion": f"betas {args.beta1:g} {args.beta2:g}"}
+    adams = f"betas {args.beta1:g} {args.beta2:g}, eps {args.eps:g}"
+    clipped = "" if args.grad_clip_norm is None else f", gradients clipped at {args.grad_clip_norm:g}"
+    return (
+        f"{args.optimizer}, lr {args.lr:g} ({args.lr_scheduler}, {args.warmup} steps of warmup), wd {args.wd:g}, "
+        f"lr_tau {args.lr_tau:g} ({args.lr_tau_scheduler}), {moments.get(args.optimizer, adams)}{clipped}"
+    )
 
 
 def _gradients_in_words(args: Namespace, world: World) -> str:

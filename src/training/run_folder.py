@@ -10,9 +10,11 @@ import shutil
 from argparse import Namespace
 from datetime import datetime
 from pathlib import Path
+from typing import IO
 
 from training.atomic_files import replacing
 from training.errors import UserError
+from training.run_lock import lock_run
 
 
 class RunFolder:
@@ -26,6 +28,7 @@ class RunFolder:
     def __init__(self, logs: str, name: str) -> None:
         self.path = Path(logs) / name
         self.name = name
+        self._lock: IO[str] | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -76,6 +79,38 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--logs {self.path.parent}: cannot make {self.checkpoints} ({error.strerror})") from None
+
+    def hold(self) -> None:
+        """Be the only process that trains this run, until `release`.
+
+        Raises:
+            UserError: another one does.
+        """
+        self._lock = lock_run(self.path)
+
+    def release(self) -> None:
+        """Leave the run to others; nothing happens where it is not held."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def changed_flags(self, args: Namespace) -> list[str]:
+        """How flags differ from those in params.txt, each "name: before → now"; empty where there is no such file.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        file = self.path / "params.txt"
+        if not file.exists():
+            return []
+        written: dict[str, str] = {}
+        for line in file.read_text(encoding="utf-8").splitlines():
+            # The first of a name: a text of several lines may look like other flags.
+            written.setdefault(*line.partition(": ")[::2])
+        now = {name: (str(value).splitlines() or [""])[0] for name, value in sorted(vars(args).items())}
+        return [
+            f"{name}: {written[name]} → {value}" for name, value in now.items() if written.get(name, value) != value
+        ]
 
     def write_params(self, args: Namespace) -> None:
         """Write every resolved flag to params.txt, one `name: value` a line; earlier ones are kept as params_1.txt, …

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import torch
 from open_clip import factory
 
 from end_to_end.corpus import Corpus, build_corpus
-from end_to_end.runs import LAUNCHER_VARIABLES
+from end_to_end.processes import start_server
+from end_to_end.runs import LAUNCHER_VARIABLES, ROOT
 from training.main import main
 
 
@@ -19,6 +21,13 @@ from training.main import main
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     """The data set, written once for all tests."""
     return build_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def forked_ranks() -> None:
+    """The server from which the ranks of processes.Run are forked: it imports by PYTHONPATH alone."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
+    start_server()
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from end_to_end.corpus import MODEL_CONFIG, Corpus
 from end_to_end.runs import read_checkpoint_file
 from neuclip import OBJECTIVES
 from neuclip.objectives.openclip import OpenCLIP
+from training import run_lock
 
 Trainer = Callable[..., int]
 Refusal = Callable[..., str]
@@ -112,6 +115,25 @@ def test_name_that_exists(train: Trainer, refused: Refusal, corpus: Corpus, tmp_
     flags = ("--name", "taken", "--train-data", corpus.train, "--batch-size", "64", "--epochs", "1")
     assert train(*flags) == 0
     _assert_names(refused(*flags), "--name taken", str(tmp_path / "logs"), "choose another name", "--resume latest")
+
+
+def test_run_that_another_process_trains(
+    refused: Refusal, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "logs" / "busy"
+    folder.mkdir(parents=True)
+    # A lock of this process would not keep it out.
+    holder = (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.lockf(f, 2); print(flush=True); time.sleep(300)"
+    )
+    command = [sys.executable, "-c", holder, str(folder / ".lock")]
+    monkeypatch.setattr(run_lock, "WAIT_SECONDS", 0.1)
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        message = refused("--name", "busy", "--resume", "latest", "--train-data", corpus.train, "--batch-size", "64")
+        other.kill()
+    _assert_names(message, "--name busy", "is being trained by", "give another --name")
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,8 @@ def test_resume_with_another_precision(short: Callable[..., Path]) -> None:
     run = short("--epochs", "2", "--stop_epochs", "1", "--precision", "fp32")
     short("--epochs", "2", "--resume", "latest", "--precision", "amp_bf16")
     assert _checkpoints(run) == ["epoch_1.pt", "epoch_2.pt"]
+    (told,) = [line for line in (run / "out.log").read_text().splitlines() if "goes on with other flags" in line]
+    assert "precision: fp32 → amp_bf16" in told
 
 
 def test_pretrained_starts_from_a_checkpoint(short: Callable[..., Path]) -> None:

@@ -199,7 +199,7 @@ def test_what_is_there_is_not_measured_again(
         (["--global_batch", "1"], r"--global_batch 1 of .* cannot be dealt out"),
         (
             ["--global_batch", "512"],
-            r"only 200 of 200 samples drawn are whole and 4096 are needed .* smaller --global_batch",
+            r"only 200 of 200 samples drawn are whole and 512 are needed .* smaller --global_batch",
         ),
         (["--data", "nowhere.tar"], r"nowhere\.tar does not exist"),
         (["--out", "/dev/null/x"], r"/dev/null/x cannot be written"),

@@ -10,6 +10,7 @@ import open_clip
 import pytest
 import torch
 
+from end_to_end import processes
 from end_to_end.corpus import COLOURS, MODEL, SHARD_SIZES, VALIDATION_SIZE, Corpus
 from end_to_end.runs import flat_tensors, read_checkpoint_file, read_lines, run_ranks
 from neuclip import OBJECTIVES
@@ -42,15 +43,18 @@ def _id(kind: tuple[str, int]) -> str:
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=_id)
-def run(request: pytest.FixtureRequest, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(
+    request: pytest.FixtureRequest, forked_ranks: None, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory
+) -> Run:
     """(objective, ranks, run folder, standard output of rank 0) of a finished run."""
     objective, ranks = request.param
     logs = tmp_path_factory.mktemp("logs")
     evaluation = ["--val-data", corpus.validation, "--zeroshot-data", corpus.zeroshot, "--zeroshot-frequency", "1"]
-    done = run_ranks(ranks, [*_flags(corpus, objective, ranks, logs, "run"), *evaluation])
-    for rank in done:
-        assert rank.returncode == 0, rank.stdout + rank.stderr
-    return objective, ranks, logs / "run", done[0].stdout
+    with processes.Run(
+        ranks, [*_flags(corpus, objective, ranks, logs, "run"), *evaluation], logs / "output"
+    ) as process:
+        assert process.wait(240) == [0] * ranks, process.said_by_all()
+        return objective, ranks, logs / "run", process.said(0)
 
 
 def test_loss_falls(run: Run) -> None:
@@ -71,7 +75,7 @@ def test_run_folder_is_complete(run: Run, corpus: Corpus) -> None:
     objective, _, folder, _ = run
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     checkpoints = {f"checkpoints/epoch_{number}.pt{end}" for number in range(1, EPOCHS + 1) for end in ("", ".json")}
-    logs = ("params.txt", "out.log", "metrics.jsonl", "results.jsonl", "data_report.json")
+    logs = (".lock", "params.txt", "out.log", "metrics.jsonl", "results.jsonl", "data_report.json")
     expected = {*logs, f"model_configs/{MODEL}.json", *checkpoints}
     assert files == expected
     assert (folder / "model_configs" / f"{MODEL}.json").read_bytes() == Path(corpus.model_config).read_bytes()

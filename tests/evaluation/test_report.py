@@ -10,10 +10,10 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from evaluation.curves import plot_curves, series
+from evaluation.curves import plot_curves
 from evaluation.figure_style import COLORS
 from evaluation.gallery_picture import MATCH, draw_gallery, gallery_size
-from evaluation.records import read_records
+from evaluation.records import read_records, series
 from evaluation.report import Result, markdown, table_rows, terminal_table, write_report
 from evaluation.search import Hit, Query
 

@@ -1,6 +1,5 @@
 """The quickstart builder: what it makes, that it makes it twice the same, and what it says when it cannot."""
 
-import hashlib
 import importlib.util
 import io
 import json
@@ -8,13 +7,14 @@ import re
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 
 import pytest
 import webdataset as wds
 from PIL import Image
+
+from shard_files import digests, read_split, read_tar
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "data"
 sys.path.insert(0, str(SCRIPTS))
@@ -24,9 +24,10 @@ if any(importlib.util.find_spec(name) is None for name in PACKAGES):
     pytest.skip("needs the packages of requirements-quickstart.txt", allow_module_level=True)
 
 import build_quickstart  # noqa: E402
+from building.names import concept_key  # noqa: E402
 from quickstart import rendering, sources  # noqa: E402
 from quickstart.captions import caption  # noqa: E402
-from quickstart.names import concept_key, is_held_out  # noqa: E402
+from quickstart.names import is_held_out  # noqa: E402
 from quickstart.sources import Drawing  # noqa: E402
 
 SIZE, PER_SHARD = 32, 300
@@ -39,29 +40,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("quickstart") / "made" / "data"
     assert build_quickstart.main(["--out", str(out), "--workers", "2", *BUILD_FLAGS]) == 0
     return out
-
-
-def digests(folder: Path) -> dict[str, str]:
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def read_tar(path: Path) -> dict[str, dict[str, bytes]]:
-    samples: dict[str, dict[str, bytes]] = {}
-    with tarfile.open(path) as tar:
-        for member in tar:
-            key, extension = member.name.split(".", 1)
-            samples.setdefault(key, {})[extension] = tar.extractfile(member).read()
-    return samples
-
-
-def read_split(folder: Path) -> dict[str, dict[str, bytes]]:
-    samples: dict[str, dict[str, bytes]] = {}
-    for path in sorted(folder.glob("*.tar")):
-        shard = read_tar(path)
-        assert not shard.keys() & samples.keys()
-        samples.update(shard)
-    return samples
 
 
 def named_in(text: str) -> str:
@@ -228,17 +206,25 @@ def test_an_interrupted_build_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_build_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGHUP])
+def test_a_killed_build_leaves_nothing(tmp_path: Path, told: signal.Signals) -> None:
+    """By kill, and by a connection that is lost."""
     command = [sys.executable, str(SCRIPTS / "build_quickstart.py"), "--out", str(tmp_path / "data")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # Under nohup, where the tests may have been started, SIGHUP would be ignored.
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 20
     while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert [path.name.startswith(".data-unfinished-") for path in tmp_path.iterdir()] == [True]
     time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(told)
     process.communicate(timeout=20)
-    assert process.returncode == 143
+    assert process.returncode == 128 + told
     assert list(tmp_path.iterdir()) == []
 
 

@@ -37,11 +37,19 @@ def test_rows() -> None:
     assert rows["samples seen"] == "60 in 3 epochs, 15 steps"
     assert rows["precision"] == "fp32"
     assert "lr 0.001 (cosine, 7 steps of warmup)" in rows["optimizer"]
+    assert rows["optimizer"].endswith("betas 0.9 0.98, eps 1e-06")
     # 12·6 + 6 of the linear layer, 6 + 6 of the norm, 20·6 of the embedding, logit_scale, logit_bias
     assert rows["model"] == "ViT-B-32, 212 parameters, 212 trainable"
     for package in ("torch", "open_clip_torch", "webdataset"):
         assert f"{package} {version(package)}" in rows["versions"]
     assert rows["git"]
+
+
+def test_what_depends_on_the_optimizer() -> None:
+    assert _plan("--model", "RN50")["optimizer"].endswith("betas 0.9 0.999, eps 1e-08")
+    clipped = _plan("--optimizer", "sgd", "--momentum", "0.8", "--grad-clip-norm", "1.0")["optimizer"]
+    assert clipped.endswith("momentum 0.8, gradients clipped at 1")
+    assert _plan("--optimizer", "lion", "--beta2", "0.99")["optimizer"].endswith("betas 0.9 0.99")
 
 
 def test_batch_over_several_ranks() -> None:

@@ -38,6 +38,17 @@ def test_params_are_readable_lines_and_earlier_ones_are_kept(tmp_path: Path) -> 
     assert sorted(path.name for path in folder.path.glob("params*")) == ["params.txt", "params_1.txt", "params_2.txt"]
 
 
+def test_flags_that_differ_from_those_of_the_last_start_are_named(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path), "run")
+    folder.create()
+    flags = {"lr": 0.1, "train_data": "a: b", "wandb_notes": "two\nlr: 3", "val_data": None}
+    assert folder.changed_flags(Namespace(**flags)) == []
+    folder.write_params(Namespace(**flags))
+    assert folder.changed_flags(Namespace(**flags, new_flag=1)) == []
+    changed = folder.changed_flags(Namespace(**{**flags, "lr": 0.2, "train_data": "a: c", "val_data": ""}))
+    assert changed == ["lr: 0.1 → 0.2", "train_data: a: b → a: c", "val_data: None → "]
+
+
 def test_another_runs_folder_is_refused(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path), "run")
     folder.check_new(None)

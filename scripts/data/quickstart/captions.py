@@ -2,7 +2,9 @@
 
 import random
 
-from .names import concept_key, is_held_out
+from building.names import concept_key
+
+from .names import is_held_out
 from .sources import Drawing
 
 TAGS_PER_CAPTION = 2

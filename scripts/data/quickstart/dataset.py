@@ -2,17 +2,22 @@
 
 import json
 import random
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import BUILDER_VERSION, BuildError
+from building import BuildError
+from building.layouts import write_classification, write_pairs
+from building.names import concept_key, shared_names, stable_hash
+from building.rendering import Picture
+from building.shards import write_json
+
+from . import BUILDER_VERSION
 from .captions import caption
-from .names import concept_key, is_held_out, stable_hash
+from .names import is_held_out
 from .queries import choose_queries
-from .rendering import Job, Picture, render_all
-from .shards import shard_sizes, write_json, write_shards
+from .rendering import Job, render_all
 from .sources import SOURCES, Drawing, list_drawings, package_versions
 
 SHUFFLE_SEED = 0
@@ -60,7 +65,8 @@ def build(folder: Path, options: Options, workers: int) -> dict:
         raise BuildError(f"--limit {options.limit} leaves no concept to train on or to hold out; use a larger --limit")
     for name, split in (("train", train), ("test", test)):
         random.Random(SHUFFLE_SEED).shuffle(split)
-        write_split(folder / name, split, options.samples_per_shard)
+        members = (_members(key, sample) for key, sample in enumerate(split))
+        write_pairs(folder / name, members, len(split), options.samples_per_shard)
     write_zeroshot(folder / "zeroshot", test, classes, options.samples_per_shard)
     write_json(folder / "queries.json", choose_queries(train, test))
     manifest = describe(options, train, test, classes, dropped)
@@ -111,27 +117,10 @@ def _without_duplicates(shown: Sequence[tuple[Drawing, Picture]]) -> list[tuple[
     return [pair for index, pair in enumerate(shown) if index in kept]
 
 
-def shared_names(names: Iterable[str]) -> dict[str, str]:
-    """Choose the name of every concept key: the commonest of its spellings, then the shortest, then the first."""
-    spellings: dict[str, Counter[str]] = defaultdict(Counter)
-    for name in names:
-        spellings[concept_key(name)][name] += 1
-    return {key: min(counter, key=lambda name: (-counter[name], len(name), name)) for key, counter in spellings.items()}
-
-
 def zeroshot_classes(test: Sequence[Sample]) -> list[str]:
     """Name the held-out concepts with enough pictures to be a class, in alphabetical order."""
     counts = Counter(sample.concept for sample in test)
     return sorted(concept for concept, count in counts.items() if count >= IMAGES_PER_CLASS)
-
-
-def write_split(folder: Path, samples: Sequence[Sample], per_shard: int) -> None:
-    """Write one split: KEY.png, KEY.txt and KEY.json per sample, KEY = 000000000, 000000001, …; and sizes.json."""
-    folder.mkdir()
-    sizes = shard_sizes(len(samples), per_shard, "{:05d}.tar")
-    pairs = ((f"{key:09d}", _members(key, sample)) for key, sample in enumerate(samples))
-    write_shards(folder, pairs, list(sizes), per_shard)
-    write_json(folder / "sizes.json", sizes)
 
 
 def _members(key: int, sample: Sample) -> dict[str, bytes]:
@@ -151,20 +140,9 @@ def _members(key: int, sample: Sample) -> dict[str, bytes]:
 
 def write_zeroshot(folder: Path, test: Sequence[Sample], classes: Sequence[str], per_shard: int) -> None:
     """Write the held-out classes in clip_benchmark's webdataset layout for classification."""
-    (folder / "test").mkdir(parents=True)
-    (folder / "classnames.txt").write_text("\n".join(classes) + "\n", encoding="utf-8")
-    templates = folder / "zeroshot_classification_templates.txt"
-    templates.write_text("\n".join(TEMPLATES) + "\n", encoding="utf-8")
-    label_of = {concept: label for label, concept in enumerate(classes)}
-    members = [
-        {"png": sample.png, "cls": str(label_of[sample.concept]).encode()}
-        for sample in test
-        if sample.concept in label_of
-    ]
-    sizes = shard_sizes(len(members), per_shard, "{}.tar")
-    pairs = ((f"s{index:07d}", sample) for index, sample in enumerate(members))
-    write_shards(folder / "test", pairs, list(sizes), per_shard)
-    (folder / "test" / "nshards.txt").write_text(f"{len(sizes)}\n", encoding="utf-8")
+    known = set(classes)
+    pictures = [(sample.png, sample.concept) for sample in test if sample.concept in known]
+    write_classification(folder, classes, TEMPLATES, pictures, len(pictures), per_shard)
 
 
 def describe(

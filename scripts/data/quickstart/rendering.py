@@ -1,14 +1,12 @@
 """From an SVG file to the PNG of a square picture on white."""
 
-import hashlib
-import io
-import multiprocessing
 import re
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from building.rendering import LEAST_CONTRAST, Picture, encode, rasterize, worker_pool
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -16,9 +14,6 @@ if TYPE_CHECKING:
 # White border around a drawing's canvas, as a share of its longer side. Some drawings reach past their canvas by up to
 # 13 %: the next larger border is tried as long as something touches the picture's edge.
 _MARGINS = (0.04, 0.08, 0.16)
-
-# A picture whose darkest and lightest values are closer than this in every channel (of 255) shows nothing.
-_LEAST_CONTRAST = 24
 
 _ROOT_TAG = re.compile(r"<svg\b[^>]*>")
 _VIEW_BOX = re.compile(r"""\bviewBox\s*=\s*["']([^"']+)["']""")
@@ -31,14 +26,6 @@ class Job:
 
     path: Path
     size: int
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A finished picture: the PNG file's bytes (RGB, 8 bits) and a digest of its pixels."""
-
-    png: bytes
-    digest: str
 
 
 def fit_square(svg: str, margin: float) -> str:
@@ -73,27 +60,13 @@ def render(job: Job) -> Picture | None:
         image = _draw(job)
     except ValueError:
         return None
-    if max(high - low for low, high in image.getextrema()) < _LEAST_CONTRAST:
-        return None
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return Picture(buffer.getvalue(), hashlib.md5(image.tobytes(), usedforsecurity=False).hexdigest())
+    return encode(image)
 
 
 def _draw(job: Job) -> "Image":
-    import resvg_py
-    from PIL import Image
-
     svg = job.path.read_text(encoding="utf-8")
     for margin in _MARGINS:
-        png = resvg_py.svg_to_bytes(
-            svg_string=fit_square(svg, margin),
-            width=job.size,
-            height=job.size,
-            background="#ffffff",
-            skip_system_fonts=True,
-        )
-        image = Image.open(io.BytesIO(png)).convert("RGB")
+        image = rasterize(fit_square(svg, margin), job.size)
         if not _touches_edge(image):
             break
     return image
@@ -102,26 +75,10 @@ def _draw(job: Job) -> "Image":
 def _touches_edge(image: "Image") -> bool:
     last = image.width - 1
     edges = [(0, 0, last + 1, 1), (0, last, last + 1, last + 1), (0, 0, 1, last + 1), (last, 0, last + 1, last + 1)]
-    return any(low < 255 - _LEAST_CONTRAST for edge in edges for low, _ in image.crop(edge).getextrema())
+    return any(low < 255 - LEAST_CONTRAST for edge in edges for low, _ in image.crop(edge).getextrema())
 
 
 def render_all(jobs: Sequence[Job], workers: int) -> list[Picture | None]:
     """Render many drawings, in the order of the jobs whatever the number of worker processes."""
-    if workers == 1:
-        return [render(job) for job in jobs]
-    pool = multiprocessing.Pool(workers, initializer=_end_at_sigterm)
-    try:
-        pictures = pool.map(render, jobs, chunksize=64)
-        # Not terminate(), as at the end of a with block: a worker that is just being forked loses the signal, and waiting for
-        # it would never end.
-        pool.close()
-    except BaseException:
-        pool.terminate()
-        raise
-    pool.join()
-    return pictures
-
-
-def _end_at_sigterm() -> None:
-    # The builder's own handler, which cleans up, came along with the fork.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with worker_pool(workers) as map_jobs:
+        return map_jobs(render, jobs)

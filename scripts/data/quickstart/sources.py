@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import BuildError
+from building import BuildError
 
 
 @dataclass(frozen=True)

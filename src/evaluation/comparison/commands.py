@@ -14,9 +14,10 @@ from evaluation.comparison.metrics import HEADLINE_AGGREGATES
 from evaluation.comparison.npn_time import time_table
 from evaluation.comparison.runs import Run, open_runs
 from evaluation.comparison.tables import Table, markdown, write_table
-from evaluation.curves import is_headline, series
+from evaluation.curves import is_headline
 from evaluation.errors import UserError, one_line
 from evaluation.figure_style import save_figure
+from evaluation.records import series
 
 CURVES = ("contrastive_loss", "global_loss", "temperature")
 OPTIMIZATION_CURVES = ("contrastive_loss", "global_loss", "log_normalizer_gap")

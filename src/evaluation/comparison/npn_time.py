@@ -9,8 +9,8 @@ import numpy as np
 
 from evaluation.comparison.runs import Run
 from evaluation.comparison.tables import Cell, Column, Table
-from evaluation.curves import series
 from evaluation.errors import UserError
+from evaluation.records import series
 
 COLUMNS = [
     Column("run", "run"),

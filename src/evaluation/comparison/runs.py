@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.curves import series
 from evaluation.errors import UserError, one_line
-from evaluation.records import Record, read_records
+from evaluation.records import Record, read_records, series
 from evaluation.run_folder import RunFolder
 
 # Among a run's facts, beside the flags: params.txt tells the batch of a process, but not how many there were.

@@ -41,7 +41,7 @@ class Probing:
 
     Attributes:
         batch_size: N, the global batch that the objective sees at a time.
-        probes: about how many samples; rounded down to whole batches, one batch at least.
+        probes: about how many samples; rounded down to whole batches, one batch at least; all there are in a smaller set.
         seed: of their choice.
     """
 
@@ -142,7 +142,10 @@ def _encode_probes(examined: Sequence[Examined], pool: Pool, probing: Probing, s
             found.append(_encode(one, batch, setting))
     all_keys, all_index = (gather_rows(torch.cat(rows), setting.world_size)[:, 0] for rows in (keys, index))
     place = {pool.offsets[part] + position: number for number, (part, position) in enumerate(spots)}
-    order = torch.tensor([place[i] for i in all_index.tolist()], dtype=torch.int64).argsort()[:wanted]
+    order = torch.tensor([place[i] for i in all_index.tolist()], dtype=torch.int64).argsort()
+    if len(spots) == pool.total:  # a small set: as many batches as there are
+        wanted = max(1, min(wanted, len(order)) // probing.batch_size) * probing.batch_size
+    order = order[:wanted]
     if len(order) < wanted:
         missing = ", with integer keys," if pool.needs_keys else ""
         raise UserError(

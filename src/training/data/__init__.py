@@ -5,8 +5,8 @@ what), streams (opened, and tried again), tar_members (walked through), read and
 samples (one sample), pictures (decoded, cropped, resized), tokens (captions), stream (batches, in a worker process), loader
 (the whole). For an epoch that goes on after a checkpoint: progress (how far workers have come), segments (what is left,
 under which layout), runs (of positions). Beside them: preflight (checks before training), index (the command that writes
-sizes.json), report (what was left out), timeout (an end to waiting), workers (how their processes begin) and stages (where
-the time goes, if asked).
+sizes.json; its parts: keys, key_writer, key_set, verify, shard_pool), report (what was left out), timeout (an end to waiting),
+workers (how their processes begin) and stages (where the time goes, if asked).
 """
 
 from training.data.config import Batch, DataConfig

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shlex
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -13,13 +15,17 @@ from training.data.plan import ShardSlice, plan_steps
 from training.data.read import Group, read_groups
 from training.data.samples import IMAGE_SUFFIXES, BrokenSampleError, parse_key, read_labels
 from training.data.shards import READER_THREADS, Shard, expand_sources, local_path
-from training.data.sizes import find_sizes
+from training.data.sizes import SizedShards, find_sizes
 from training.data.streams import Patience
 from training.data.tables import SYNTHETIC_STEPS, CsvRows, read_csv
 from training.data.tar_headers import check_first_header
 from training.errors import UserError
 
+log = logging.getLogger(__name__)
+
 CHECKED_SHARDS = 2000
+# An epoch may be shorter than the data by this share before it is worth a warning: published numbers are rounded to batches.
+LEFT_OUT = 0.01
 # One odd sample at the start of a source is skipped in training too; this many in a row are its form.
 CHECKED_SAMPLES = 8
 # Before training a mistake is more likely than a line that is down: nobody is made to wait long for its name.
@@ -64,8 +70,24 @@ def _check_shards(config: DataConfig, world_size: int) -> None:
     _check_headers([url for urls in sources for url in urls])
     for urls in sources:
         _check_first_samples(config, urls)
-    total = None if config.dataset_resampled else find_sizes(sources).total
-    plan_steps(config, world_size, total)
+    sized = None if config.dataset_resampled else find_sizes(sources)
+    plan_steps(config, world_size, sized.total if sized is not None else None)
+    if sized is not None:
+        _compare_samples(config, sized)
+
+
+def _compare_samples(config: DataConfig, sized: SizedShards) -> None:
+    """Warns of an epoch that is clearly shorter than the data; one that is longer is a mistake already."""
+    wanted, total = config.train_num_samples, sized.total
+    if wanted is not None and total is not None and sized.exact and wanted < (1 - LEFT_OUT) * total:
+        log.warning(
+            "--train-num-samples %d leaves %d of the %d samples out of each epoch (known from %s): give %d to use them all",
+            wanted,
+            total - wanted,
+            total,
+            sized.origin,
+            total,
+        )
 
 
 def _check_headers(urls: Sequence[str]) -> None:
@@ -107,7 +129,8 @@ def _check_first_samples(config: DataConfig, urls: Sequence[str]) -> None:
     if config.needs_keys and all(parse_key(sample.key) is None for sample in samples):
         raise UserError(
             f"--train-data: the objective keeps state per sample and needs integer keys, {there}, no .json with "
-            '{"key": 17} or {"key": "000017"} among them; number the samples, or choose an objective without such state'
+            '{"key": 17} or {"key": "000017"} among them; number the samples with python -m training.data.index '
+            f"{shlex.quote(config.train_data or '')} --add-keys, or choose an objective without such state"
         )
     # Keys grow from shard to shard as a rule: a number that is too small shows at the end.
     if config.needs_keys and local_path(urls[-1]) is not None:

@@ -13,7 +13,7 @@ from training.data.streams import CannotOpenError, Patience, StreamError, is_str
 from training.data.tar_members import Damage, DamagedCompressionError, Member, TarBytes, split_name, walk
 
 # Bytes of a member that is read at all. Others, whatever they hold, are passed over.
-_LARGEST = dict.fromkeys(IMAGE_SUFFIXES, 256 * 2**20) | dict.fromkeys(("txt", "json"), 16 * 2**20)
+LARGEST_MEMBER = dict.fromkeys(IMAGE_SUFFIXES, 256 * 2**20) | dict.fromkeys(("txt", "json"), 16 * 2**20)
 _KINDS = {errno.ENOENT: Problem.GONE, errno.ENOTDIR: Problem.GONE}
 
 
@@ -173,7 +173,7 @@ def _add(group: Group, suffix: str, member: Member, source: TarBytes) -> None:
     if suffix in group.suffixes:
         group.problem = Problem.TWICE
     group.suffixes.add(suffix)
-    largest = _LARGEST.get(suffix)
+    largest = LARGEST_MEMBER.get(suffix)
     if largest is None or not member.whole:
         return
     if member.size > largest:

@@ -11,7 +11,7 @@ from urllib.request import url2pathname
 
 from webdataset.shardlists import expand_urls
 
-from training.errors import UserError
+from training.errors import AbsentDataError, UserError
 
 # Threads wait for the disk or a network file system, so more of them than cores pay off.
 READER_THREADS = 16
@@ -43,14 +43,17 @@ def expand_sources(train_data: str) -> list[list[str]]:
     """The shard URLs of each "::" source, in the order written; those of a folder or a glob are sorted.
 
     Raises:
-        UserError: a pattern that cannot be read, names no shard at all, or names local shards that do not exist.
+        UserError: a pattern that cannot be read, names no shard at all, or names local shards that do not exist
+            (AbsentDataError where none of them does).
     """
     sources = [_expand(part.strip(), train_data) for part in train_data.split("::")]
     paths = [path for urls in sources for path in map(local_path, urls) if path is not None]
     with ThreadPoolExecutor(READER_THREADS) as pool:
         missing = [path for path, there in zip(paths, pool.map(os.path.isfile, paths)) if not there]
     if missing and len(missing) == len(paths):
-        raise UserError(f"--train-data {train_data}: no shard matches, {missing[0]} does not exist; correct the path")
+        raise AbsentDataError(
+            f"--train-data {train_data}: no shard matches, {missing[0]} does not exist; correct the path"
+        )
     if missing:
         raise UserError(
             f"--train-data {train_data}: {len(missing)} of {len(paths)} shards do not exist, the first is {missing[0]}; "
@@ -77,6 +80,10 @@ def _expand(pattern: str, train_data: str) -> list[str]:
             found.extend(sorted(glob.glob(path)))
         else:
             found.append(url)
-    if not found or not all(found):
+    if not found and urls:
+        raise AbsentDataError(
+            f"--train-data {train_data}: no shard matches {pattern!r}; give a folder, a file or a pattern"
+        )
+    if not all(found):
         raise UserError(f"--train-data {train_data}: no shard matches {pattern!r}; give a folder, a file or a pattern")
     return found

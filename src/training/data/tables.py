@@ -16,7 +16,7 @@ from training.data.plan import Layout, Pass, Place
 from training.data.runs import Runs
 from training.data.samples import RawSample
 from training.data.seeds import Purpose, derive_seed
-from training.errors import UserError
+from training.errors import AbsentDataError, UserError
 
 SYNTHETIC_STEPS = 100
 SYNTHETIC_CAPTION = "a picture of random pixels, to try the code without data"
@@ -95,12 +95,12 @@ def read_csv(config: DataConfig) -> CsvRows:
     """The table at train_data, read whole (and remembered while the file does not change).
 
     Raises:
-        UserError: no such file, several files, columns that are not there, or lines that are not csv.
+        UserError: no such file (AbsentDataError), several files, columns that are not there, or lines that are not csv.
     """
     path = config.train_data or ""
     if not os.path.isfile(path):
         hint = "; only shards can be joined by ::" if "::" in path else "; correct the path"
-        raise UserError(f"--train-data {path}: there is no such csv file{hint}")
+        raise AbsentDataError(f"--train-data {path}: there is no such csv file{hint}")
     stat = os.stat(path)
     # A shell passes '\t' on as two characters.
     separator = config.csv_separator.replace("\\t", "\t")

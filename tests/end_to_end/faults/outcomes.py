@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from end_to_end.corpus import Corpus
-from end_to_end.faults.processes import Run
+from end_to_end.processes import Run
 from end_to_end.runs import flat_tensors, read_checkpoint_file, read_lines
 
 WAIT = 120.0

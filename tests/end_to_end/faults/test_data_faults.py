@@ -13,7 +13,7 @@ from end_to_end.corpus import Corpus
 from end_to_end.faults import disturbances
 from end_to_end.faults.damaged_shards import damaged
 from end_to_end.faults.outcomes import WAIT, flags, told
-from end_to_end.faults.processes import Run
+from end_to_end.processes import Run
 
 OBJECTIVE = ("--objective", "openclip")
 

@@ -19,9 +19,9 @@ import pytest
 from end_to_end.corpus import Corpus
 from end_to_end.faults.damaged_shards import damaged
 from end_to_end.faults.outcomes import Whole, flags, outcome, same, undisturbed
-from end_to_end.faults.processes import Run
+from end_to_end.processes import Run
 
-KILLS = int(os.environ.get("FAULT_KILLS", 20))
+KILLS = int(os.environ.get("FAULT_KILLS", 8))
 EPOCHS = 3
 SAVING = ("--save-every-n-steps", "3", "--save-most-recent", "--keep-last", "2")
 CASES = {

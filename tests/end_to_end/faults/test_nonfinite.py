@@ -12,7 +12,7 @@ import torch
 from end_to_end.corpus import Corpus
 from end_to_end.faults import disturbances
 from end_to_end.faults.outcomes import WAIT, flags, outcome, told
-from end_to_end.faults.processes import Run
+from end_to_end.processes import Run
 from end_to_end.runs import read_checkpoint_file
 
 PER_SAMPLE = ("--objective", "fastclip", "--temperature_scheme", "individual_learnable", "--data_size", "1000")

@@ -17,7 +17,7 @@ import pytest
 from end_to_end.corpus import SHARD_SIZES, Corpus
 from end_to_end.faults import disturbances
 from end_to_end.faults.outcomes import WAIT, flags, outcome, same, undisturbed
-from end_to_end.faults.processes import Run
+from end_to_end.processes import Run
 from end_to_end.runs import read_lines
 from training.preemption import EXIT_INTERRUPTED
 

@@ -12,7 +12,7 @@ import pytest
 from end_to_end.corpus import Corpus
 from end_to_end.faults import disturbances
 from end_to_end.faults.outcomes import WAIT, flags
-from end_to_end.faults.processes import Run
+from end_to_end.processes import Run
 from training.failures import END_SECONDS
 
 PER_SAMPLE = ("--objective", "fastclip", "--temperature_scheme", "individual_learnable", "--data_size", "1000")

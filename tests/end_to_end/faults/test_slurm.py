@@ -1,8 +1,8 @@
 """Interrupted on a real slurm: the run goes on, and ends to the bit as the one that nothing disturbed.
 
 The batch script is the one that people submit, on two nodes with one task each, its sizes made small by flags at the end.
-Skipped where no slurm answers. FAULT_LONG=1 also waits for a time limit and for preemptions, which need partitions `low` and
-`high`, the jobs of the first making room for those of the second.
+Skipped where no slurm answers. FAULT_LONG=1 also runs recipes of all methods and a chain of jobs, and waits for a time limit
+and for preemptions, which need partitions `low` and `high`, the jobs of the first making room for those of the second.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from end_to_end.runs import ROOT, clean_environment, read_lines
 from training.atomic_files import verify
 from training.preemption import EXIT_INTERRUPTED
 
-SCRIPT = ROOT / "scripts" / "slurm" / "dfn14m" / "neuclip.sbatch"
+SLURM = ROOT / "scripts" / "slurm"
+SCRIPT = SLURM / "dfn14m" / "neuclip.sbatch"
 EPOCHS = 2
 STEPS_PER_EPOCH = 60
 # Well before the end of an epoch: signals need a while to be sent.
@@ -64,12 +65,19 @@ class Job:
 
     Args:
         options: of sbatch.
+        submitted: the batch script, and what submits it and prints its number.
         more: further flags of the training, which have the last word.
         variables: further environment variables.
     """
 
     def __init__(
-        self, corpus: Corpus, folder: Path, *options: str, more: tuple[str, ...] = (), **variables: str
+        self,
+        corpus: Corpus,
+        folder: Path,
+        *options: str,
+        submitted: tuple[Path, list[str]] = (SCRIPT, ["sbatch", "--parsable"]),
+        more: tuple[str, ...] = (),
+        **variables: str,
     ) -> None:
         self.logs = folder / "logs"
         self._output = folder / "output.txt"
@@ -95,7 +103,8 @@ class Job:
             *("--precision", "fp32", "--device", "cpu", "--log-every-n-steps", "1", "--shuffle-buffer", "20"),
             *("--npn_num_protos", "24", "--npn_restart_iter", "7", *more),
         )
-        command = ["sbatch", "--parsable", *RESOURCES, f"--output={self._output}", *options, str(SCRIPT), *flags]
+        script, submit = submitted
+        command = [*submit, *RESOURCES, f"--output={self._output}", *options, str(script), *flags]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**environment, **variables})
         assert done.returncode == 0, done.stderr
         self.number = done.stdout.strip().partition(";")[0]
@@ -105,6 +114,12 @@ class Job:
         found = re.search(rf"\b{what}=(\S*)", call("scontrol", "show", "job", self.number))
         assert found is not None
         return found[1]
+
+    def links(self) -> dict[str, str]:
+        """The states of an array's jobs by number; all that have not started are one, with any number."""
+        records = call("scontrol", "show", "job", self.number).split("\n\n")
+        found = [re.search(r"ArrayTaskId=(\d+)\b.*?JobState=(\w+)", record, re.DOTALL) for record in records]
+        return {match[1]: match[2] for match in found if match is not None}
 
     @property
     def output(self) -> str:
@@ -261,3 +276,67 @@ def test_job_goes_on_after_its_time_limit(submit: Submit) -> None:
         f"warned after {warned - began:.0f} s;",
         ", ".join(f"{name} {at - warned:.1f} s" for name, at in moments.items()),
     )
+
+
+def recipe(dataset: str, method: str) -> tuple[Path, list[str]]:
+    """Its batch script, and how to submit it."""
+    return SLURM / dataset / f"{method}.sbatch", ["sbatch", "--parsable"]
+
+
+@long
+@pytest.mark.parametrize(
+    ("dataset", "method"),
+    [("cc3m", "openclip"), ("cc12m", "fastclip"), ("dfn192m", "siglip"), ("dfn1b", "neuclip"), ("dfn1b", "amorlip")],
+)
+def test_recipe_of_every_method(dataset: str, method: str, submit: Submit) -> None:
+    began = time.monotonic()
+    job = submit(submitted=recipe(dataset, method))
+    assert job.end() == "COMPLETED", job.output
+    params = (job.logs / "run" / "params.txt").read_text()
+    assert f"objective: {method}\n" in params
+    lines = read_lines(job.logs / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, EPOCHS * STEPS_PER_EPOCH + 1))
+    assert all(line["loss"] is not None for line in lines)
+    assert "2 on cpu" in job.output
+    print(f"{time.monotonic() - began:.0f} s, contrastive_loss {lines[-1]['contrastive_loss']:.3f}")
+
+
+@long
+@pytest.mark.timeout(600)
+def test_warned_recipe_of_another_method(submit: Submit, corpus: Corpus, tmp_path: Path) -> None:
+    """amorlip: networks that start anew each epoch, and ρ that changes within the run."""
+    (tmp_path / "undisturbed").mkdir()
+    undisturbed = Job(corpus, tmp_path / "undisturbed", submitted=recipe("dfn14m", "amorlip"))
+    assert undisturbed.end() == "COMPLETED", undisturbed.output
+    job = submit(submitted=recipe("dfn14m", "amorlip"))
+    job.until_step(INTERRUPTED_AT)
+    signalled = time.monotonic()
+    call("scancel", "-s", "USR1", job.number)
+    came_back(job, signalled, outcome(undisturbed.logs, EPOCHS))
+
+
+@long
+@pytest.mark.timeout(600)
+def test_dry_run_in_a_job(submit: Submit) -> None:
+    job = submit(submitted=recipe("cc12m", "neuclip"), more=("--dry-run",))
+    assert job.end() == "COMPLETED", job.output
+    assert "dry run: 2 steps of 8 synthetic samples done" in job.output
+    assert not job.logs.exists()
+
+
+@long
+@pytest.mark.timeout(600)
+def test_chain_goes_on_where_a_link_was_warned(submit: Submit, whole: Whole) -> None:
+    """Of four links the first is warned, the second finishes the run, and the others have nothing to do."""
+    job = submit("--open-mode=append", submitted=(SCRIPT, [str(SLURM / "chain.sh"), "4"]))
+    job.until_step(INTERRUPTED_AT)
+    signalled = time.monotonic()
+    # Of an array slurm 22.05 signals what it is told to, and answers with a status that is not 0.
+    subprocess.run(["scancel", "-s", "USR1", f"{job.number}_1"], capture_output=True, timeout=60, check=False)
+    resumed = job.until(lambda: "resumed from" in job.output)
+    job.until(lambda: all(state in ENDED for state in job.links().values()))
+    links = job.links()
+    assert (links.pop("1"), links.pop("2"), *links.values()) == ("FAILED", "COMPLETED", "CANCELLED"), job.output
+    assert "back into the queue" not in job.output
+    same(outcome(job.logs, EPOCHS), whole)
+    print(f"resumed after {resumed - signalled:.1f} s")

@@ -15,7 +15,7 @@ import pytest
 from end_to_end.corpus import Corpus
 from end_to_end.faults import disturbances
 from end_to_end.faults.outcomes import WAIT, Whole, flags, outcome, same, undisturbed
-from end_to_end.faults.processes import Run
+from end_to_end.processes import Run
 from training.atomic_files import verify
 from training.preemption import EXIT_INTERRUPTED
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from evaluation.compare import main
 from evaluation.comparison.evaluated import name_without_seed
 from evaluation.datacomp.aggregate import GROUPS
 
+SRC = Path(__file__).resolve().parents[3] / "src"
 TASKS = GROUPS["DataComp Average"]
 Add = Callable[..., Path]
 
@@ -267,6 +271,18 @@ def test_missing_tasks_and_precisions_are_those_of_each_run(
     assert "a-seed0: DataComp Average is incomplete, without mnist" in out
     assert "a-seed1: DataComp Average is incomplete, without cars" in out
     assert "evaluated after epoch 3, bf16 and fp32: a-seed0, a-seed1" in out
+
+
+def test_tables_need_no_plotter(add: Add, tmp_path: Path) -> None:
+    """requirements-training.txt has no matplotlib."""
+    write_held_out(folder := add("a-seed1", seed=1), 0.5)
+    program = "import sys; sys.modules['matplotlib'] = None; from evaluation.compare import main; sys.exit(main())"
+    words = [sys.executable, "-c", program, str(folder), "--out", str(tmp_path / "tables")]
+    done = subprocess.run(
+        words, env={**os.environ, "PYTHONPATH": str(SRC)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "tables" / "comparison.md").stat().st_size > 0
 
 
 def test_mistakes_are_one_line(add: Add, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

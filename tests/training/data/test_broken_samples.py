@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import pytest
 from PIL import ImageFile
 
 from training.data import NoUsableSamplesError, TrainLoader, build_train_loader, check_train_data
+from training.data.keys import read_shard_keys
 from training.data.samples import (
     BrokenSampleError,
     Counts,
@@ -24,7 +27,9 @@ from training.data.samples import (
     parse_key,
     read_labels,
 )
+from training.data.verify import BAD_FACTS, BAD_KEY, verify_shard
 
+SRC = Path(__file__).resolve().parents[3] / "src"
 # The beginning of what a decoder would go on with.
 PIXELS = struct.pack(">I", 16) + b"IDAT" + bytes(16)
 
@@ -93,6 +98,89 @@ def test_broken_samples_are_made_up_for_and_counted(kit, tmp_path: Path, how: st
     assert kit.seen_keys(loader, 1) == kit.seen_keys(kit.open_ranks(config, 1)[0], 1)
 
 
+def harmed(shard: bytes, how: str) -> bytes:
+    """A shard of 8 samples of 6 blocks of 512 bytes each, in which samples 4 and 5, or all from 4 on, are damaged."""
+    header = 4 * 6 * 512
+    return {
+        "whole": shard,
+        "header of an image flipped": shard[:header] + b"\x01" + shard[header + 1 :],
+        "cut inside an image": shard[: header + 520],
+        "cut inside a json": shard[: header + 5 * 512 + 3],
+        "no end": shard[: 8 * 6 * 512],
+        "joined": shard[:header] + bytes(1024) + shard[header:],
+        "size too large": shard[: header + 124] + b"77777777777" + shard[header + 135 :],
+        "zeros over a header": shard[:header] + bytes(512) + shard[header + 512 :],
+        "gz": gzip.compress(shard),
+        "gz cut": gzip.compress(shard, 0)[: header + 600],
+        "gz named tar": gzip.compress(shard),
+        "no tar": b"<html>404</html>" * 100,
+        "no sample": bytes(10_240),
+        "no bytes": b"",
+    }[how]
+
+
+HARMS = [
+    *(
+        "whole",
+        "header of an image flipped",
+        "cut inside an image",
+        "cut inside a json",
+        "no end",
+        "joined",
+        "size too large",
+    ),
+    *("zeros over a header", "gz", "gz cut", "gz named tar", "no tar", "no sample", "no bytes"),
+]
+
+
+@pytest.mark.parametrize("how", CASES)
+def test_verifying_agrees_with_the_loader_on_samples(kit, tmp_path: Path, how: str) -> None:
+    """--verify finds the same samples whole, and counts the same kinds, with and without keys."""
+    broken = {1, 4, 5}
+    members = [damage(kit.members_of(i), how) if i in broken else kit.members_of(i) for i in range(8)]
+    path = kit.write_tar(tmp_path / "0.tar", members)
+    report, keys = verify_shard(str(path), decode_images=True)
+    loader = kit.open_ranks(kit.config(tmp_path, batch_size=1), 1)[0]
+    good = set(kit.seen_keys(loader, 0))
+    assert report.samples == 8
+    assert good <= set(keys.tolist())
+    kinds = {BAD_FACTS: Problem.NO_KEY, BAD_KEY: Problem.NO_KEY}
+    # The loader tells why a sample is left out; that its keys are bad as well is of no concern to it.
+    told = {kinds.get(kind, kind) for kind in report.problems}
+    assert KINDS.get(how, how) in told
+    assert {kind for kind, _ in problems_of(loader)} <= told
+    assert len(report.examples) == min(report.problems.total(), 5)
+    keyless = kit.open_ranks(kit.config(tmp_path, batch_size=1, needs_keys=False), 1)[0]
+    assert report.pairs == len({batch.text[0, 0].item() for batch in keyless.epoch(0)})
+    assert len(good) == 5
+
+
+@pytest.mark.parametrize("how", HARMS)
+@pytest.mark.usefixtures("sizes_unknown")
+def test_verifying_agrees_with_the_loader_on_shards(kit, tmp_path: Path, how: str) -> None:
+    """The same samples, the same kinds of damage; and the keys that are read by headers alone are those samples'."""
+    kit.write_shards(tmp_path, [8], first=100)
+    path = kit.write_shards(tmp_path / "harmed", [8])[0]
+    shard = harmed(path.read_bytes(), how)
+    path = path.rename(tmp_path / ("1.tar.gz" if how in ("gz", "gz cut") else "1.tar"))
+    path.write_bytes(shard)
+    report, keys = verify_shard(str(path), decode_images=True)
+    config = kit.config(f"{tmp_path}/00000.tar::{path}", batch_size=1, train_num_samples=32)
+    loader = kit.open_ranks(config, 1)[0]
+    good = set(kit.seen_keys(loader, 0)) - set(range(100, 108))
+    assert len(good) == report.samples - report.problems.total()
+    assert good <= set(keys.tolist())
+    # A shard without any sample is no damage for the one, and nothing to train on for the other.
+    told = {kind for kind, shard in problems_of(loader) if shard == path.name} - {Problem.EMPTY}
+    assert told == {line.split(":")[0] for line in report.damage} | report.problems.keys()
+    counted = read_shard_keys(str(path))
+    if counted.damage is None:
+        assert counted.keys.tolist() == keys.tolist() == sorted(good)
+        assert not report.damage
+    else:
+        assert report.damage
+
+
 def test_keyless_samples_are_fine_unless_keys_are_needed(kit, tmp_path: Path) -> None:
     samples = [damage(kit.members_of(number), Problem.NO_KEY) for number in range(8)]
     kit.write_tar(tmp_path / "0.tar", samples)
@@ -146,7 +234,8 @@ for path in sys.argv[1:]:
     for side in (10_000, 50_000):
         (tmp_path / f"{side}.png").write_bytes(bomb(side))
     paths = sorted(map(str, tmp_path.iterdir()))
-    done = subprocess.run([sys.executable, "-c", program, *paths], capture_output=True, text=True, timeout=120)
+    env = {**os.environ, "PYTHONPATH": str(SRC)}
+    done = subprocess.run([sys.executable, "-c", program, *paths], env=env, capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines() == [Problem.HUGE_IMAGE] * 2, done.stderr
     assert "pixels" not in done.stderr
 

@@ -138,3 +138,20 @@ def test_synthetic_samples_beyond_the_data_size(kit) -> None:
     check_train_data(kit.config(None, dataset_type="synthetic", train_num_samples=20, data_size=20))
     with pytest.raises(UserError, match="--data_size 19 is too small: the synthetic data has a sample with the key 19"):
         check_train_data(kit.config(None, dataset_type="synthetic", train_num_samples=20, data_size=19))
+
+
+def test_an_epoch_clearly_shorter_than_the_data_is_told(kit, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kit.write_shards(tmp_path, [300])
+    for flags in (
+        {"train_num_samples": 300},
+        {"train_num_samples": 298},
+        {},
+        {"train_num_samples": 9, "dataset_resampled": True},
+    ):
+        check_train_data(kit.config(tmp_path, **flags))
+    assert not caplog.records
+    check_train_data(kit.config(tmp_path, train_num_samples=200))
+    assert [record.getMessage() for record in caplog.records] == [
+        "--train-num-samples 200 leaves 100 of the 300 samples out of each epoch (known from tar headers): "
+        "give 300 to use them all"
+    ]

@@ -12,7 +12,7 @@ import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from training.data.plan import ShardSlice
-from training.data.read import _LARGEST, Group, read_groups, read_slots
+from training.data.read import LARGEST_MEMBER, Group, read_groups, read_slots
 from training.data.samples import Problem, RawSample
 from training.data.shards import Shard
 from training.data.streams import Patience
@@ -233,7 +233,7 @@ def test_a_member_of_absurd_size_is_not_read(tmp_path: Path, monkeypatch: pytest
     path = tmp_path / "0.tar"
     names = names_of(3)
     data = write(path, names)
-    monkeypatch.setitem(_LARGEST, "txt", 800)
+    monkeypatch.setitem(LARGEST_MEMBER, "txt", 800)
     assert [group.problem for group in read(path)[0]] == [None, None, Problem.HUGE_MEMBER]
     # A sparse file of 8 GiB, as tar files of that size say it.
     huge = with_header(data, member_at(data, "001.jpg"), size=b"\x80" + (8 * 2**30).to_bytes(11, "big"))

@@ -1,0 +1,251 @@
+"""The runs of the study: which flags each method gets, and which runs each stage consists of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from study.errors import StudyError
+
+METHODS = ("openclip", "siglip", "fastclip", "amorlip", "neuclip")
+# Of 100,000 pairs 32 are what 1,024 are of CC3M's 2.7 million: the share of the data that a published batch has.
+BATCH_SIZES = (32, 128)
+SEEDS = (0, 1, 2)
+# Learning rates are tried from these on; where the best lies at an end, the next one beyond is tried too.
+LEARNING_RATES = (5e-4, 1e-3, 2e-3)
+FURTHEST = (1.25e-4, 1.6e-2)
+
+# The prototypes begin anew after so many samples: T_r = 500, as published, at a batch of 32; a sixth of the data, as on CC3M.
+_SAMPLES_PER_RESTART = 16_000
+# So many times the epochs, over a part of the data as much smaller: the same samples seen.
+MORE_VISITS = 5
+_WARMUP_SAMPLES = 25_600
+
+Flags = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where things are and how long a run is.
+
+    Args:
+        data: what scripts/data/build_study.py has made.
+        logs: where the runs' folders go.
+        epochs: of a run of the comparison.
+        short_epochs: of the runs that choose learning rates, and of the ablations.
+        pairs: training pairs, as many whole shards as hold at most so many.
+        precision: of the towers: many CPUs have no instructions for bf16.
+    """
+
+    data: Path
+    logs: Path
+    epochs: int
+    short_epochs: int
+    pairs: int
+    precision: str = "fp32"
+
+    @property
+    def shards(self) -> tuple[str, int]:
+        """The training shards as --train-data takes them, and the number of their samples, whose keys are 0, 1, …
+
+        Raises:
+            StudyError: the data has no shard as small as that.
+        """
+        sizes = json.loads((self.data / "train" / "sizes.json").read_text(encoding="utf-8"))
+        names, total = [], 0
+        for name in sorted(sizes):
+            if total + sizes[name] > self.pairs:
+                break
+            names.append(name.removesuffix(".tar"))
+            total += sizes[name]
+        if not names:
+            raise StudyError(
+                f"--pairs {self.pairs} is less than the first shard of {self.data / 'train'} holds: give more"
+            )
+        return f"{self.data / 'train'}/{{{names[0]}..{names[-1]}}}.tar", total
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: flags as for src/training/main.py, without the dashes."""
+
+    name: str
+    flags: Flags = field(hash=False)
+
+    def command(self) -> list[str]:
+        """The words after src/training/main.py."""
+        words = [f"--name={self.name}"]
+        for flag, value in self.flags.items():
+            words.append(f"--{flag}={value}" if value else f"--{flag}")
+        return words
+
+    @property
+    def epochs(self) -> int:
+        """How many there are to be."""
+        return int(self.flags["epochs"])
+
+
+def method_flags(method: str, batch_size: int, lr: float) -> Flags:
+    """What a method is trained with: its flags on CC12M (scripts/slurm/cc12m), the published data set nearest in size.
+
+    The temperature learns at lr / 8 (amorlip: lr / 4) where it has a rate of its own, which is their ratio there. γ falls
+    with every step and not with every epoch: there are few epochs.
+    """
+    global_loss = {
+        **{"temperature_scheme": "global_learnable", "multiply_tau": "", "rho": "8.5", "fastclip_eps": "1e-14"},
+        **{"lr_tau": f"{lr / 8:g}", "lr_tau_scheduler": "step_thresh", "gamma_schedule": "cosine_step"},
+    }
+    restart = {"npn_restart_iter": str(max(1, _SAMPLES_PER_RESTART // batch_size))}
+    return {
+        "openclip": {"objective": "openclip"},
+        "siglip": {"objective": "siglip"},
+        "fastclip": {"objective": "fastclip", **global_loss, "gamma": "0.2"},  # v3
+        "amorlip": {"objective": "amorlip", "lr_tau": f"{lr / 4:g}", "grad-clip-norm": "1.0"},
+        "neuclip": {"objective": "neuclip", **global_loss, "gamma": "0.42", "npn_num_protos": "4096", **restart},
+    }[method]
+
+
+def training_run(
+    setup: Setup,
+    name: str,
+    method: str,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    epochs: int,
+    more: Mapping[str, str | None] | None = None,
+) -> Run:
+    """A run of the comparison or of the ablations, evaluated on held-out drawing styles at every epoch.
+
+    Args:
+        more: flags in place of the method's; None takes one away.
+    """
+    flags = {
+        **_common(setup, batch_size, lr, seed, epochs),
+        **method_flags(method, batch_size, lr),
+        "val-data": str(setup.data / "retrieval_set"),
+        "zeroshot-data": str(setup.data / "zeroshot"),
+        "zeroshot-frequency": "1",
+        # The normalizers' error over training is measured on the first seed's.
+        "save-frequency": "1" if seed == SEEDS[0] else str(epochs),
+        **_length_flags(method, setup, epochs),
+    }
+    changed = {**flags, **(more or {})}
+    return Run(name, {flag: value for flag, value in changed.items() if value is not None})
+
+
+def tuning_run(setup: Setup, method: str, batch_size: int, lr: float) -> Run:
+    """A shorter run, evaluated once on pairs that nothing else is measured on."""
+    flags = {
+        **_common(setup, batch_size, lr, SEEDS[0], setup.short_epochs),
+        **method_flags(method, batch_size, lr),
+        "val-data": str(setup.data / "retrieval_combo"),
+        "val-frequency": str(setup.short_epochs),
+        "save-frequency": str(setup.short_epochs),
+        **_length_flags(method, setup, setup.short_epochs),
+    }
+    return Run(f"tune-{method}-b{batch_size}-lr{lr:g}", flags)
+
+
+def comparison_runs(setup: Setup, rates: Mapping[tuple[str, int], float]) -> list[Run]:
+    """All methods, batch sizes and seeds; the first seed of everything first."""
+    return [
+        training_run(setup, f"{method}-b{size}-s{seed}", method, size, rates[method, size], seed, setup.epochs)
+        for seed in SEEDS
+        for size in BATCH_SIZES
+        for method in METHODS
+    ]
+
+
+def ablation_runs(setup: Setup, rates: Mapping[tuple[str, int], float]) -> list[Run]:
+    """Short runs of NeuCLIP at the smaller batch with one thing changed, and with none."""
+    size = BATCH_SIZES[0]
+    lr = rates["neuclip", size]
+    return [
+        training_run(setup, f"ablation-{name}-s{seed}", "neuclip", size, lr, seed, setup.short_epochs, flags)
+        for seed in SEEDS
+        for name, flags in _variants()
+    ]
+
+
+def visits_runs(setup: Setup, rates: Mapping[tuple[str, int], float]) -> list[Run]:
+    """As many samples seen at the smaller batch, but of fewer pairs, each of them more often.
+
+    For the methods of which the papers say in what order they come. What is remembered per sample is out of date by an
+    epoch, and how much a model changes within one depends on how many there are.
+    """
+    size = BATCH_SIZES[0]
+    few = replace(setup, pairs=setup.pairs // MORE_VISITS, epochs=setup.epochs * MORE_VISITS)
+    seldom = {"save-frequency": str(max(1, few.epochs // 4)), "keep-last": "4"}
+    return [
+        training_run(few, f"visits-{method}-s{seed}", method, size, rates[method, size], seed, few.epochs, seldom)
+        for seed in SEEDS
+        for method in ("openclip", "fastclip", "neuclip")
+    ]
+
+
+def memory_runs(setup: Setup, rates: Mapping[tuple[str, int], float]) -> list[Run]:
+    """Short runs of FastCLIP at the smaller batch whose averages remember less; γ 1 forgets all but the present batch."""
+    size = BATCH_SIZES[0]
+    lr = rates["fastclip", size]
+    return [
+        training_run(setup, f"memory-gamma{gamma}-s{seed}", "fastclip", size, lr, seed, setup.short_epochs, flags)
+        for seed in SEEDS
+        for gamma, flags in (
+            ("0.2", {}),
+            *((value, {"gamma": value}) for value in ("0.5", "0.8")),
+            ("1", {"gamma": "1.0", "gamma_schedule": "constant", "gamma_decay_epochs": None}),
+        )
+    ]
+
+
+def _variants() -> Iterator[tuple[str, dict[str, str | None]]]:
+    yield "none", {}
+    # An MLP has nothing to begin anew from but random weights.
+    yield "mlp", {"npn_arch": "mlp", "npn_num_protos": None, "npn_restart_iter": "0"}
+    yield "separate", {"npn_objective": "separate"}
+    yield "simultaneous", {"npn_optimization": "simultaneous"}
+    for value in ("0", "50", "5000"):
+        yield f"Tr{value}", {"npn_restart_iter": value}
+    for value in ("1", "3", "30"):
+        yield f"Tu{value}", {"npn_repetition": value}
+    for value in ("512", "1024"):
+        yield f"m{value}", {"npn_num_protos": value}
+    for value in ("0", "0.2", "0.8"):
+        yield f"gamma{value}", {"gamma": value, **({"gamma_schedule": "constant"} if value == "0" else {})}
+    yield "adagrad", {"npn_optimizer": "adagrad"}
+    yield "adagrad-lr0.001", {"npn_optimizer": "adagrad", "npn_lr": "0.001"}
+
+
+def _common(setup: Setup, batch_size: int, lr: float, seed: int, epochs: int) -> Flags:
+    return {
+        "logs": str(setup.logs),
+        "resume": "latest",
+        "model": "study",
+        "model-config": "src/training/model_configs/study.json",
+        "train-data": setup.shards[0],
+        "epochs": str(epochs),
+        "batch-size": str(batch_size),
+        "lr": f"{lr:g}",
+        "wd": "0.1",
+        "beta2": "0.98",
+        "eps": "1e-6",
+        "warmup": str(_WARMUP_SAMPLES // batch_size),
+        "seed": str(seed),
+        "precision": setup.precision,
+        "workers": "1",
+        "log-every-n-steps": str(max(1, 6400 // batch_size)),
+        "save-every-minutes": "5",
+        "keep-last": str(max(2, epochs)),
+    }
+
+
+def _length_flags(method: str, setup: Setup, epochs: int) -> Flags:
+    """What depends on the length of the run or of the data: half of the run for what falls over half of it as published."""
+    half = str(max(1, epochs // 2))
+    return {
+        "fastclip": {"gamma_decay_epochs": half, "data_size": str(setup.shards[1])},
+        "amorlip": {"beta_decay_epochs": half},
+    }.get(method, {})

@@ -1,0 +1,379 @@
+"""The study's scripts: flags are training's, tuning is alike for all, what is done stays done, tables hold the figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from study import lanes, measure, report, runs, training, tuning
+from study.errors import StudyError
+from training.params import parse_args
+from training.run_folder import RunFolder
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Stands in for training: its score is highest at a learning rate that depends on the method.
+FAKE = """
+    import json, os, sys, time
+    from pathlib import Path
+    flags = dict(word.lstrip("-").partition("=")[::2] for word in sys.argv[1:])
+    folder = Path(flags["logs"]) / flags["name"]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "calls", "a") as calls:
+        calls.write(os.environ.get("OMP_NUM_THREADS", "") + "\\n")
+    if flags["seed"] == "9":
+        sys.exit(7)
+    if flags["seed"] == "8":
+        print("training", flush=True)
+        time.sleep(60)
+    params = [f"{name.replace('-', '_')}: {value or True}\\n" for name, value in flags.items()]
+    (folder / "params.txt").write_text("".join(params))
+    best = {"siglip": 8e-3, "amorlip": 5e-4}.get(flags["objective"], 1e-3)
+    score = 1 - abs(float(flags["lr"]) - best)
+    recalls = {f"{way}_R@{k}": score for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
+    line = {"epoch": int(flags["epochs"]), **recalls}
+    (folder / "results.jsonl").write_text(json.dumps(line) + "\\n")
+"""
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> runs.Setup:
+    """Paths in a temporary folder, and the sizes of three shards."""
+    train = tmp_path / "data" / "train"
+    train.mkdir(parents=True)
+    (train / "sizes.json").write_text(json.dumps({"00001.tar": 100, "00000.tar": 100, "00002.tar": 30}))
+    return runs.Setup(tmp_path / "data", tmp_path / "logs", epochs=4, short_epochs=2, pairs=225)
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lanes start the stand-in."""
+    main = tmp_path / "checkout" / "src" / "training" / "main.py"
+    main.parent.mkdir(parents=True)
+    main.write_text(textwrap.dedent(FAKE))
+    monkeypatch.setattr(lanes, "ROOT", tmp_path / "checkout")
+
+
+def some_rates() -> dict[tuple[str, int], float]:
+    return {(method, size): 1e-3 for method in runs.METHODS for size in runs.BATCH_SIZES}
+
+
+def test_all_commands_are_training_s(setup: runs.Setup) -> None:
+    all_runs = [*runs.comparison_runs(setup, some_rates()), *runs.ablation_runs(setup, some_rates())]
+    all_runs += [runs.tuning_run(setup, method, size, 2e-3) for method in runs.METHODS for size in runs.BATCH_SIZES]
+    assert len({run.name for run in all_runs}) == len(all_runs)
+    for run in all_runs:
+        args = parse_args(run.command())
+        assert args.name == run.name
+        assert args.train_data == f"{setup.data}/train/{{00000..00001}}.tar"
+        # Each method sees the same samples.
+        assert args.batch_size in runs.BATCH_SIZES
+        assert args.warmup * args.batch_size == 25_600
+        assert args.epochs == (2 if run.name.startswith(("tune", "ablation")) else 4)
+        if args.objective == "fastclip":
+            assert (args.data_size, args.gamma_decay_epochs) == (200, args.epochs / 2)
+        if args.objective == "neuclip" and not run.name.startswith("ablation"):
+            assert args.npn_restart_iter * args.batch_size == 16_000
+
+
+def test_every_variant_changes_what_it_says(setup: runs.Setup) -> None:
+    plain, *changing = [run for run in runs.ablation_runs(setup, some_rates()) if run.name.endswith("-s0")]
+    compared = next(run for run in runs.comparison_runs(setup, some_rates()) if run.name == "neuclip-b32-s0")
+    assert plain.name == "ablation-none-s0"
+    assert {flag for flag, value in compared.flags.items() if plain.flags[flag] != value} == {"epochs", "keep-last"}
+    resolved = vars(parse_args(plain.command()))
+    for run in changing:
+        changed = {flag for flag in plain.flags | run.flags if plain.flags.get(flag) != run.flags.get(flag)}
+        assert changed, run.name
+        assert all(flag.startswith(("npn_", "gamma")) for flag in changed)
+        other = vars(parse_args(run.command()))
+        assert all(resolved[flag] != other[flag] for flag in changed), (run.name, changed)
+
+
+def more_shards(setup: runs.Setup) -> runs.Setup:
+    """Enough for a part of them to be whole shards."""
+    sizes = {f"{shard:05d}.tar": 100 for shard in range(10)}
+    (setup.data / "train" / "sizes.json").write_text(json.dumps(sizes))
+    return replace(setup, pairs=1000)
+
+
+def test_visits_are_more_of_fewer_pairs(setup: runs.Setup) -> None:
+    setup = more_shards(setup)
+    compared = {run.name: parse_args(run.command()) for run in runs.comparison_runs(setup, some_rates())}
+    for run in runs.visits_runs(setup, some_rates()):
+        args = parse_args(run.command())
+        whole = compared[run.name.replace("visits-", "").replace("-s", "-b32-s")]
+        assert (args.train_data, args.epochs) == (f"{setup.data}/train/{{00000..00001}}.tar", 20)
+        differ = {flag for flag, value in vars(whole).items() if getattr(args, flag) != value}
+        lengths = {"fastclip": {"gamma_decay_epochs", "data_size"}, "neuclip": {"gamma_decay_epochs"}}
+        named = {"name", "train_data", "epochs", "stop_epochs", *lengths.get(args.objective, ())}
+        assert differ - {"save_frequency", "keep_last"} == named
+        if args.objective == "fastclip":
+            assert (args.data_size, args.gamma_decay_epochs) == (200, 10)
+
+
+def test_memory_differs_in_gamma_alone(setup: runs.Setup) -> None:
+    plain, *changed = (run for run in runs.memory_runs(setup, some_rates()) if run.name.endswith("-s0"))
+    short = runs.training_run(setup, plain.name, "fastclip", 32, 1e-3, 0, setup.short_epochs)
+    assert plain.flags == short.flags
+    found = {}
+    for run in changed:
+        args = parse_args(run.command())
+        found[args.gamma] = args.gamma_schedule
+        differ = {flag for flag in plain.flags | run.flags if plain.flags.get(flag) != run.flags.get(flag)}
+        assert "gamma" in differ
+        assert all(flag.startswith("gamma") for flag in differ)
+    assert found == {0.5: "cosine_step", 0.8: "cosine_step", 1.0: "constant"}
+
+
+def test_data_smaller_than_a_shard_is_refused(setup: runs.Setup) -> None:
+    small = runs.Setup(setup.data, setup.logs, 1, 1, pairs=99)
+    with pytest.raises(StudyError, match=r"--pairs 99 .* give more"):
+        _ = small.shards
+
+
+@pytest.mark.usefixtures("fake")
+def test_tuning_goes_on_beyond_the_ends(setup: runs.Setup) -> None:
+    scores = tuning.tune(setup, lambda due: training.train_all(due, setup.logs, lanes=2))
+    assert set(scores) == {(method, size) for method in runs.METHODS for size in runs.BATCH_SIZES}
+    best = tuning.best_rates(scores)
+    assert best["siglip", 128] == 8e-3
+    assert set(scores["siglip", 128]) == {5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2}
+    assert best["amorlip", 32] == 5e-4
+    assert set(scores["amorlip", 32]) == {2.5e-4, 5e-4, 1e-3, 2e-3}
+    assert best["openclip", 128] == 1e-3
+    assert set(scores["openclip", 128]) == {5e-4, 1e-3, 2e-3}
+
+
+@pytest.mark.usefixtures("fake")
+def test_finished_runs_are_not_trained_again(setup: runs.Setup, capsys: pytest.CaptureFixture[str]) -> None:
+    due = [runs.tuning_run(setup, "openclip", 128, lr) for lr in (1e-3, 2e-3)]
+    training.train_all(due[:1], setup.logs, lanes=2)
+    training.train_all(due, setup.logs, lanes=2)
+    assert "2 runs, 1 of them finished before" in capsys.readouterr().out
+    calls = [(setup.logs / run.name / "calls").read_text().splitlines() for run in due]
+    assert [len(called) for called in calls] == [1, 1]
+    assert calls[0] == [str(max(1, (os.cpu_count() or 1) // 2))]
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_line_that_a_kill_has_torn_is_not_taken_for_an_evaluation(setup: runs.Setup) -> None:
+    run = runs.tuning_run(setup, "openclip", 128, 1e-3)
+    training.train_all([run], setup.logs, lanes=1)
+    results = setup.logs / run.name / "results.jsonl"
+    results.write_text(results.read_text()[:-9])
+    assert not training.is_finished(run, setup.logs)
+    with pytest.raises(StudyError, match=r"tune-openclip-b128-lr0\.001 has no evaluation: its out\.log says why"):
+        tuning.score(setup, "openclip", 128, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("there", "chosen", "names"), [(2, None, ["0", "1"]), (1, "3", ["3"]), (0, "0", []), (0, "-1", [])]
+)
+def test_lanes_get_the_gpus_that_are_there(
+    there: int, chosen: str | None, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: there)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert lanes.gpus() == names
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_folder_with_another_run_is_refused(setup: runs.Setup) -> None:
+    run = runs.training_run(setup, "openclip-b128-s0", "openclip", 128, 1e-3, 0, 4)
+    training.train_all([run], setup.logs, lanes=1)
+    other = runs.training_run(setup, "openclip-b128-s0", "openclip", 128, 2e-3, 0, 4)
+    with pytest.raises(StudyError, match=r"was trained with lr 0\.001, not 0\.002"):
+        training.train_all([other], setup.logs, lanes=1)
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_folder_of_other_data_or_of_another_variant_is_refused(setup: runs.Setup) -> None:
+    """Runs with fewer pairs, or of an ablation that has been redefined, are not taken for these; moved data is."""
+    run = runs.tuning_run(setup, "neuclip", 128, 1e-3)
+    training.train_all([run], setup.logs, lanes=1)
+    fewer = replace(setup, pairs=100)
+    with pytest.raises(StudyError, match=r"train_data .*00001\}\.tar, not .*00000\}\.tar"):
+        training.is_finished(runs.tuning_run(fewer, "neuclip", 128, 1e-3), setup.logs)
+    with pytest.raises(StudyError, match=r"was trained with gamma 0\.42, not 0\.4:"):
+        training.is_finished(replace(run, flags={**run.flags, "gamma": "0.4"}), setup.logs)
+    without = {flag: value for flag, value in run.flags.items() if flag != "lr_tau"}
+    with pytest.raises(StudyError, match=r"was trained with lr_tau 0\.000125, not "):
+        training.is_finished(replace(run, flags=without), setup.logs)
+    moved = setup.data.rename(setup.data.with_name("moved"))
+    assert training.is_finished(runs.tuning_run(replace(setup, data=moved), "neuclip", 128, 1e-3), setup.logs)
+    other = {"workers": "3", "precision": "amp_bf16", "eps": "0.000001", "multiply_tau": ""}
+    assert training.is_finished(replace(run, flags={**run.flags, **other}), setup.logs)
+
+
+def test_a_run_is_known_by_what_training_writes(setup: runs.Setup) -> None:
+    """params.txt holds resolved values: 1e-06 for 1e-6, True for a switch, paths of the machine that trained."""
+    setup = more_shards(setup)
+    all_runs = [*runs.comparison_runs(setup, some_rates()), *runs.ablation_runs(setup, some_rates())]
+    all_runs += [*runs.visits_runs(setup, some_rates()), *runs.memory_runs(setup, some_rates())]
+    all_runs += [runs.tuning_run(setup, method, size, 2e-3) for method in runs.METHODS for size in runs.BATCH_SIZES]
+    for run in all_runs:
+        args = parse_args(run.command())
+        folder = RunFolder(str(setup.logs), run.name)
+        folder.create()
+        folder.write_params(args)
+        assert not training.is_finished(run, setup.logs)
+
+
+def test_nothing_is_measured_on_what_chooses_the_learning_rate(setup: runs.Setup) -> None:
+    chosen_on = {
+        Path(runs.tuning_run(setup, method, size, 1e-3).flags["val-data"]).name
+        for method in runs.METHODS
+        for size in runs.BATCH_SIZES
+    }
+    assert chosen_on == {"retrieval_combo"}
+    setup = more_shards(setup)
+    all_runs = [*runs.comparison_runs(setup, some_rates()), *runs.ablation_runs(setup, some_rates())]
+    all_runs += [*runs.visits_runs(setup, some_rates()), *runs.memory_runs(setup, some_rates())]
+    looked_at = {Path(run.flags[flag]).name for run in all_runs for flag in ("val-data", "zeroshot-data")}
+    assert not chosen_on & (looked_at | {*measure.PAIRS, *measure.ZEROSHOT})
+    assert {name.split("/retrieval/")[0].split("/top1")[0] for name in report.HEADLINES} <= {
+        *measure.PAIRS,
+        *measure.ZEROSHOT,
+    }
+
+
+def test_methods_differ_in_their_own_flags_alone(setup: runs.Setup) -> None:
+    """Data, model, schedule, seed and what is evaluated are the same for all methods of a batch size."""
+    for size in runs.BATCH_SIZES:
+        plain = runs.training_run(setup, "x", "openclip", size, 1e-3, 0, 4).flags
+        for method in runs.METHODS:
+            flags = runs.training_run(setup, "x", method, size, 1e-3, 0, 4).flags
+            own = {flag for flag in flags | plain if flags.get(flag) != plain.get(flag)}
+            assert own <= {
+                *runs.method_flags(method, size, 1e-3),
+                "gamma_decay_epochs",
+                "beta_decay_epochs",
+                "data_size",
+            }
+            assert not own & {"train-data", "epochs", "batch-size", "lr", "wd", "warmup", "seed", "model", "precision"}
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_run_that_cannot_be_begun_is_named(setup: runs.Setup) -> None:
+    due = [runs.training_run(setup, f"run-s{seed}", "openclip", 128, 1e-3, seed, 4) for seed in (0, 1)]
+    (setup.logs / "output" / "run-s0.txt").mkdir(parents=True)  # its output cannot be written
+    with pytest.raises(StudyError, match="failed: run-s0 "):
+        training.train_all(due, setup.logs, lanes=1)
+    assert training.is_finished(due[1], setup.logs)
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_failed_run_is_named_and_the_others_are_trained(setup: runs.Setup) -> None:
+    due = [runs.training_run(setup, f"run-s{seed}", "openclip", 128, 1e-3, seed, 4) for seed in (9, 1)]
+    with pytest.raises(StudyError, match=r"failed: run-s9 \(see .*run-s9\.txt\)"):
+        training.train_all(due, setup.logs, lanes=1)
+    assert training.is_finished(due[1], setup.logs)
+
+
+@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGHUP])
+def test_an_interruption_reaches_the_trainings(setup: runs.Setup, fake: None, told: signal.Signals) -> None:
+    run = runs.training_run(setup, "run-s8", "openclip", 128, 1e-3, 8, 4)
+    program = textwrap.dedent(f"""
+        import signal, sys
+        from pathlib import Path
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as without nohup, under which the tests may have been started
+        sys.path.insert(0, {str(ROOT / "scripts")!r})
+        from study import lanes
+        lanes.ROOT = Path({str(lanes.ROOT)!r})
+        try:
+            words = {("src/training/main.py", *run.command())!r}
+            lanes.work_off([lanes.Job("run", words, Path({str(setup.logs / "out.txt")!r}))], 1)
+        except lanes.StudyError as error:
+            sys.exit(str(error))
+    """)
+    with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (setup.logs / "out.txt").exists() or "training" not in (setup.logs / "out.txt").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        began = time.monotonic()
+        process.send_signal(told)
+        assert "the same command goes on" in process.communicate(timeout=30)[1]
+    assert process.returncode == 1
+    assert time.monotonic() - began < 20
+
+
+def test_figures_are_drawn_of_the_runs_that_there_are(
+    setup: runs.Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("siglip-b128-s0", "neuclip-b128-s0", "neuclip-b128-s2", "openclip-b32-s1"):
+        write_run(setup, name, 0.1)
+    (setup.logs / "fastclip-b128-s0").mkdir()  # not measured yet
+    called: list[list[str]] = []
+    monkeypatch.setattr(report.figures, "main", lambda words: called.append(words) or 0)
+    monkeypatch.setattr(report.normalizer_error, "main", lambda words: called.append(words) or 0)
+    report.write_figures(setup, tmp_path / "out")
+    paths = [[Path(word).name for word in words if word.startswith(str(setup.logs))] for words in called]
+    # Curves of all seeds, errors of the first one alone; at batch 32 there is no first seed yet.
+    assert paths == [["siglip-b128-s0", "neuclip-b128-s0", "neuclip-b128-s2"], ["siglip-b128-s0", "neuclip-b128-s0"]]
+    assert [words[-1] for words in called] == [str(tmp_path / "out" / name) for name in ("curves-b128", "error-b128")]
+    monkeypatch.setattr(report.figures, "main", lambda _: 2)
+    with pytest.raises(StudyError, match="curves: the command failed"):
+        report.write_figures(setup, tmp_path / "out")
+
+
+def write_run(setup: runs.Setup, name: str, value: float) -> None:
+    folder = setup.logs / name
+    folder.mkdir(parents=True)
+    metrics = dict.fromkeys(report.HEADLINES, value)
+    (folder / report.FILE).write_text(json.dumps({"metrics": metrics}))
+    times = {"objective_seconds": 0.02, "normalizer_seconds": 0.01, "samples_per_second": 1280.0}
+    lines = [
+        {"step": step, "seconds_per_step": seconds, **times} for step, seconds in ((50, 9.0), (100, 0.1), (150, 0.3))
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_tables_hold_what_was_measured(setup: runs.Setup, tmp_path: Path) -> None:
+    for seed, value in ((0, 0.10), (1, 0.12), (2, 0.14)):
+        write_run(setup, f"neuclip-b128-s{seed}", value)
+        write_run(setup, f"ablation-none-s{seed}", value)
+        write_run(setup, f"visits-neuclip-s{seed}", value)
+        write_run(setup, f"memory-gamma0.5-s{seed}", value)
+        write_run(setup, f"openclip-b128-s{seed}", value + 0.01)
+    write_run(setup, "neuclip-b32-s0", 0.15)
+    for seed in (0, 1):
+        write_run(setup, f"siglip-b32-s{seed}", 0.16)
+    write_run(setup, "ablation-mlp-s0", 0.11)
+    entries = [
+        {"method": method, "batch_size": size, "lr": 2e-3, "scores": {"0.001": 0.01, "0.002": 0.05}}
+        for method, size in some_rates()
+    ]
+    (setup.logs / "rates.json").write_text(json.dumps(entries))
+    setup = more_shards(setup)
+    report.write_report(setup, some_rates(), tmp_path / "out")
+    lines = (tmp_path / "out" / "comparison.md").read_text().splitlines()
+    row = next(line for line in lines if "| 128 | neuclip |" in line)
+    assert row.startswith("| 128 | neuclip | 0.001 | 3 | 12.0 ± 2.0 |")
+    assert "| 128 | openclip | 0.001 | 3 | **13.0 ± 2.0** |" in next(line for line in lines if "128 | openclip" in line)
+    assert "| 128 | siglip | 0.001 | 0 | – |" in next(line for line in lines if "128 | siglip" in line)
+    # One seed against two, three against one: nothing is best.
+    assert "| 32 | neuclip | 0.001 | 1 | 15.0 |" in next(line for line in lines if "32 | neuclip" in line)
+    assert "| 32 | siglip | 0.001 | 2 | 16.0 ± 0.0 |" in next(line for line in lines if "32 | siglip" in line)
+    ablations = (tmp_path / "out" / "ablations.md").read_text()
+    assert "| none | 3 | 12.0 ± 2.0 |" in ablations
+    assert "| mlp | 1 | 11.0 |" in ablations
+    assert "| neuclip | 3 | 12.0 ± 2.0 |" in (tmp_path / "out" / "visits.md").read_text()
+    assert "| gamma0.5 | 3 | 12.0 ± 2.0 |" in (tmp_path / "out" / "memory.md").read_text()
+    # Medians, without the beginning.
+    assert "| 128 | neuclip | 200 | 20.0 | 10.0 | 1280 |" in (tmp_path / "out" / "cost.md").read_text()
+    assert "**5.00**" in (tmp_path / "out" / "tuning.md").read_text()
+    for ending in ("csv", "tex"):
+        assert (tmp_path / "out" / f"comparison.{ending}").stat().st_size > 100
