@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,12 +14,15 @@ METHODS = ("openclip", "siglip", "fastclip", "amorlip", "neuclip")
 # Of 100,000 pairs 32 are what 1,024 are of CC3M's 2.7 million: the share of the data that a published batch has.
 BATCH_SIZES = (32, 128)
 SEEDS = (0, 1, 2)
-# Learning rates are tried from these on; where the best lies at an end, the next one beyond is tried too.
-LEARNING_RATES = (5e-4, 1e-3, 2e-3)
+# Learning rates are tried from these on, for each batch size; where the best lies at an end, the next one beyond is tried too.
+LEARNING_RATES = {32: (2.5e-4, 5e-4, 1e-3), 128: (5e-4, 1e-3, 2e-3)}
 FURTHEST = (1.25e-4, 1.6e-2)
 
 # The prototypes begin anew after so many samples: T_r = 500, as published, at a batch of 32; a sixth of the data, as on CC3M.
 _SAMPLES_PER_RESTART = 16_000
+# CC3M's 6.5, less the logarithm of how many times fewer the samples are: a divergence from the mean over n samples is at most
+# log n. With 8.5 τ falls all the time; 3 is what the divergence comes to at the τ that the mini-batch loss learns.
+_RHO = f"{6.5 - math.log(2.72e6 / 1e5):.1f}"
 # So many times the epochs, over a part of the data as much smaller: the same samples seen.
 MORE_VISITS = 5
 _WARMUP_SAMPLES = 25_600
@@ -88,13 +92,13 @@ class Run:
 
 
 def method_flags(method: str, batch_size: int, lr: float) -> Flags:
-    """What a method is trained with: its flags on CC12M (scripts/slurm/cc12m), the published data set nearest in size.
+    """What a method is trained with: its flags on CC3M (scripts/slurm/cc3m), the published data set nearest in size.
 
     The temperature learns at lr / 8 (amorlip: lr / 4) where it has a rate of its own, which is their ratio there. γ falls
     with every step and not with every epoch: there are few epochs.
     """
     global_loss = {
-        **{"temperature_scheme": "global_learnable", "multiply_tau": "", "rho": "8.5", "fastclip_eps": "1e-14"},
+        **{"temperature_scheme": "global_learnable", "multiply_tau": "", "rho": _RHO, "fastclip_eps": "1e-14"},
         **{"lr_tau": f"{lr / 8:g}", "lr_tau_scheduler": "step_thresh", "gamma_schedule": "cosine_step"},
     }
     restart = {"npn_restart_iter": str(max(1, _SAMPLES_PER_RESTART // batch_size))}

@@ -24,7 +24,7 @@ def tune(setup: Setup, train: Callable[[Sequence[Run]], None]) -> Scores:
         For each method and batch size: learning rate → mean recall on the tuning pairs.
     """
     tried: dict[Case, set[float]] = {(method, size): set() for size in BATCH_SIZES for method in METHODS}
-    due = {case: set(LEARNING_RATES) for case in tried}
+    due = {case: set(LEARNING_RATES[case[1]]) for case in tried}
     while any(due.values()):
         train([tuning_run(setup, *case, lr) for case, rates in due.items() for lr in sorted(rates)])
         for case, rates in due.items():
