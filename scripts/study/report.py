@@ -14,8 +14,19 @@ from evaluation.comparison import commands as figures
 from evaluation.comparison.tables import Cell, Column, Table, markdown, with_best, write_table
 from study.errors import StudyError
 from study.measure import FILE
-from study.runs import BATCH_SIZES, METHODS, SEEDS, Run, Setup, ablation_runs, memory_runs, visits_runs
-from study.tuning import Case
+from study.runs import (
+    BATCH_SIZES,
+    GAMMAS,
+    METHODS,
+    SEEDS,
+    Case,
+    Choice,
+    Run,
+    Setup,
+    ablation_runs,
+    memory_runs,
+    visits_runs,
+)
 
 # Of study.json; shares, shown in percent.
 HEADLINES = {
@@ -26,6 +37,8 @@ HEADLINES = {
     "zeroshot/top1": "styles zero-shot",
     "zeroshot_concept/top1": "names zero-shot",
 }
+# What tuning has tried and chosen, beside the runs.
+CHOICES = "choices.json"
 CURVES = ("image_to_text_R@1", "text_to_image_R@1", "zeroshot-val-top1", "contrastive_loss", "temperature")
 # Steps at the beginning of a run that no time is taken from.
 _SKIPPED_STEPS = 50
@@ -38,7 +51,7 @@ class Row(NamedTuple):
     runs: list[Path]
 
 
-def write_report(setup: Setup, rates: Mapping[Case, float], out: Path) -> list[Path]:
+def write_report(setup: Setup, choices: Mapping[Case, Choice], out: Path) -> list[Path]:
     """Write tables as Markdown, CSV and LaTeX.
 
     Returns:
@@ -46,11 +59,11 @@ def write_report(setup: Setup, rates: Mapping[Case, float], out: Path) -> list[P
     """
     out.mkdir(parents=True, exist_ok=True)
     tables = {
-        "comparison": comparison_table(setup, rates),
+        "comparison": comparison_table(setup, choices),
         "tuning": tuning_table(setup),
-        "ablations": ablation_table(setup, rates),
-        "memory": memory_table(setup, rates),
-        "visits": visits_table(setup, rates),
+        "ablations": ablation_table(setup, choices),
+        "memory": memory_table(setup, choices),
+        "visits": visits_table(setup, choices),
         "cost": cost_table(setup),
     }
     written = [path for name, table in tables.items() if table.rows for path in write_table(table, out, name)]
@@ -83,35 +96,35 @@ def _call(what: str, tool: Callable[[list[str]], int], words: list[str]) -> None
         raise StudyError(f"{what}: the command failed, see above")
 
 
-def comparison_table(setup: Setup, rates: Mapping[Case, float]) -> Table:
+def comparison_table(setup: Setup, choices: Mapping[Case, Choice]) -> Table:
     """Mean and standard deviation (n − 1) over seeds for every method and batch size.
 
     The best of each batch size is in bold where its methods have equally many seeds.
     """
-    columns = [Column("batch", "batch"), Column("method", "method"), Column("lr", "lr")]
+    columns = [Column("batch", "batch"), Column("method", "method"), Column("lr", "lr"), Column("gamma", "γ")]
     rows: list[list[Cell]] = []
     for size in BATCH_SIZES:
         of_size = [
-            Row((str(size), method, f"{rates[method, size]:g}"), _finished(setup, f"{method}-b{size}"))
+            Row((str(size), method, *_chosen(choices[method, size])), _finished(setup, f"{method}-b{size}"))
             for method in METHODS
         ]
         rows += _with_metrics(of_size)
     return Table([*columns, *_metric_columns()], rows)
 
 
-def ablation_table(setup: Setup, rates: Mapping[Case, float]) -> Table:
+def ablation_table(setup: Setup, choices: Mapping[Case, Choice]) -> Table:
     """Short runs of NeuCLIP at the smaller batch with one thing changed; nothing in the first row."""
-    return _table_of(ablation_runs(setup, rates), "ablation-", "changed", setup)
+    return _table_of(ablation_runs(setup, choices), "ablation-", "changed", setup)
 
 
-def memory_table(setup: Setup, rates: Mapping[Case, float]) -> Table:
+def memory_table(setup: Setup, choices: Mapping[Case, Choice]) -> Table:
     """Short runs of FastCLIP at the smaller batch by what γ falls to."""
-    return _table_of(memory_runs(setup, rates), "memory-", "fastclip", setup)
+    return _table_of(memory_runs(setup, choices), "memory-", "fastclip", setup)
 
 
-def visits_table(setup: Setup, rates: Mapping[Case, float]) -> Table:
+def visits_table(setup: Setup, choices: Mapping[Case, Choice]) -> Table:
     """As many samples seen at the smaller batch, of fewer pairs."""
-    return _table_of(visits_runs(setup, rates), "visits-", "method", setup)
+    return _table_of(visits_runs(setup, choices), "visits-", "method", setup)
 
 
 def _table_of(runs: Sequence[Run], prefix: str, label: str, setup: Setup) -> Table:
@@ -121,16 +134,17 @@ def _table_of(runs: Sequence[Run], prefix: str, label: str, setup: Setup) -> Tab
 
 
 def tuning_table(setup: Setup) -> Table:
-    """The score of every learning rate that was tried."""
-    entries = json.loads((setup.logs / "rates.json").read_text(encoding="utf-8"))
+    """The score of every learning rate, and of every γ at the best of them."""
+    entries = json.loads((setup.logs / CHOICES).read_text(encoding="utf-8"))
     tried = sorted({rate for entry in entries for rate in entry["scores"]}, key=float)
     columns = [Column("batch", "batch"), Column("method", "method")]
     columns += [Column(f"lr_{rate}", f"lr {rate}", ".2f", 100.0) for rate in tried]
+    columns += [Column(f"gamma_{gamma:g}", f"γ {gamma:g}", ".2f", 100.0) for gamma in GAMMAS]
     rows = []
     for entry in entries:
-        scores = entry["scores"]
-        cells = [Cell(scores.get(rate), best=float(rate) == entry["lr"]) for rate in tried]
-        rows.append([Cell(str(entry["batch_size"])), Cell(entry["method"]), *cells])
+        rates = [Cell(entry["scores"].get(rate), best=float(rate) == entry["lr"]) for rate in tried]
+        gammas = [Cell(entry["gamma_scores"].get(f"{value:g}"), best=value == entry["gamma"]) for value in GAMMAS]
+        rows.append([Cell(str(entry["batch_size"])), Cell(entry["method"]), *rates, *gammas])
     return Table(columns, rows)
 
 
@@ -193,6 +207,10 @@ def _median(folders: Sequence[Path], key: str) -> float | None:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _chosen(choice: Choice) -> tuple[str, str]:
+    return f"{choice.lr:g}", "–" if choice.gamma is None else f"{choice.gamma:g}"
 
 
 def _without_seed(run: Run) -> str:

@@ -25,10 +25,10 @@ from evaluation.whole_files import write_whole
 from study.errors import StudyError
 from study.lanes import Job, gpus, lanes_of_this_machine, work_off
 from study.measure import is_measured
-from study.report import write_figures, write_report
-from study.runs import SEEDS, Run, Setup, ablation_runs, comparison_runs, memory_runs, visits_runs
+from study.report import CHOICES, write_figures, write_report
+from study.runs import SEEDS, Case, Choice, Run, Setup, ablation_runs, comparison_runs, memory_runs, visits_runs
 from study.training import is_finished, train_all
-from study.tuning import Case, best_rates, tune
+from study.tuning import Tried, tune
 
 PARTS = ("tune", "compare", "ablate", "explain", "measure", "report")
 SETS = ("train", "retrieval_set", "retrieval_combo", "retrieval_concept", "zeroshot", "zeroshot_concept")
@@ -67,25 +67,25 @@ def run_part(part: str, setup: Setup, out: Path, lanes: int) -> None:
     """Do one part of the study."""
     train = partial(train_all, logs=setup.logs, lanes=lanes)
     if part == "tune":
-        _write_rates(setup, tune(setup, train))
+        _write_choices(setup, tune(setup, train))
     elif part == "compare":
-        train(comparison_runs(setup, read_rates(setup)))
+        train(comparison_runs(setup, read_choices(setup)))
     elif part == "ablate":
-        train(ablation_runs(setup, read_rates(setup)))
+        train(ablation_runs(setup, read_choices(setup)))
     elif part == "explain":
-        runs = [*memory_runs(setup, read_rates(setup)), *visits_runs(setup, read_rates(setup))]
+        runs = [*memory_runs(setup, read_choices(setup)), *visits_runs(setup, read_choices(setup))]
         train(sorted(runs, key=lambda run: run.flags["seed"]))
     elif part == "measure":
-        measure(setup, read_rates(setup), lanes)
+        measure(setup, read_choices(setup), lanes)
     else:
-        write_report(setup, read_rates(setup), out)
+        write_report(setup, read_choices(setup), out)
         write_figures(setup, out)
 
 
-def measure(setup: Setup, rates: dict[Case, float], lanes: int) -> None:
+def measure(setup: Setup, choices: dict[Case, Choice], lanes: int) -> None:
     """Measure all runs that are finished: on every held-out set, and of the first seed the error of the normalizers."""
-    over_training = [*comparison_runs(setup, rates), *visits_runs(setup, rates)]
-    all_runs = [*over_training, *ablation_runs(setup, rates), *memory_runs(setup, rates)]
+    over_training = [*comparison_runs(setup, choices), *visits_runs(setup, choices)]
+    all_runs = [*over_training, *ablation_runs(setup, choices), *memory_runs(setup, choices)]
     runs = [run for run in all_runs if is_finished(run, setup.logs)]
     jobs = [
         _job("study", run, "scripts/study/measure.py", str(setup.logs / run.name), f"--data={setup.data}", setup=setup)
@@ -111,37 +111,37 @@ def _job(what: str, run: Run, *words: str, setup: Setup) -> Job:
     return Job(f"{what} of {run.name}", words, setup.logs / "output" / f"{run.name}-{what}.txt")
 
 
-def read_rates(setup: Setup) -> dict[Case, float]:
-    """The learning rates that tuning has chosen.
+def read_choices(setup: Setup) -> dict[Case, Choice]:
+    """What tuning has chosen.
 
     Raises:
         StudyError: it has not.
     """
-    path = _rates_file(setup)
+    path = setup.logs / CHOICES
     if not path.exists():
         raise StudyError(f"{path} is not there: run the part tune first")
     entries = json.loads(path.read_text(encoding="utf-8"))
-    return {(entry["method"], entry["batch_size"]): entry["lr"] for entry in entries}
+    return {(entry["method"], entry["batch_size"]): Choice(entry["lr"], entry["gamma"]) for entry in entries}
 
 
-def _write_rates(setup: Setup, scores: dict[Case, dict[float, float]]) -> None:
-    best = best_rates(scores)
+def _write_choices(setup: Setup, tried: dict[Case, Tried]) -> None:
     entries = [
         {
             "method": method,
             "batch_size": size,
-            "lr": best[method, size],
-            "scores": {f"{lr:g}": r for lr, r in found.items()},
+            "lr": found.choice.lr,
+            "gamma": found.choice.gamma,
+            "scores": {f"{lr:g}": score for lr, score in found.rates.items()},
+            "gamma_scores": {f"{gamma:g}": score for gamma, score in found.gammas.items()},
         }
-        for (method, size), found in scores.items()
+        for (method, size), found in tried.items()
     ]
-    write_whole(_rates_file(setup), json.dumps(entries, indent=1) + "\n")
+    write_whole(setup.logs / CHOICES, json.dumps(entries, indent=1) + "\n")
     for entry in entries:
-        print(f"{entry['method']} at batch {entry['batch_size']}: lr {entry['lr']:g} of {entry['scores']}", flush=True)
-
-
-def _rates_file(setup: Setup) -> Path:
-    return setup.logs / "rates.json"
+        of = f"{entry['method']} at batch {entry['batch_size']}"
+        print(
+            f"{of}: lr {entry['lr']:g} of {entry['scores']}, γ {entry['gamma']} of {entry['gamma_scores']}", flush=True
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

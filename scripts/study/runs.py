@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from study.errors import StudyError
 
@@ -13,17 +15,31 @@ METHODS = ("openclip", "siglip", "fastclip", "amorlip", "neuclip")
 # Of 100,000 pairs 32 are what 1,024 are of CC3M's 2.7 million: the share of the data that a published batch has.
 BATCH_SIZES = (32, 128)
 SEEDS = (0, 1, 2)
-# Learning rates are tried from these on; where the best lies at an end, the next one beyond is tried too.
-LEARNING_RATES = (5e-4, 1e-3, 2e-3)
+# Learning rates are tried from these on, for each batch size; where the best lies at an end, the next one beyond is tried too.
+LEARNING_RATES = {32: (2.5e-4, 5e-4, 1e-3), 128: (5e-4, 1e-3, 2e-3)}
 FURTHEST = (1.25e-4, 1.6e-2)
+# γ as published for CC3M with FastCLIP, and for DFN-14M with NeuCLIP; all of GAMMAS are tried for both.
+PUBLISHED_GAMMA = {"fastclip": 0.2, "neuclip": 0.42}
+GAMMAS = (0.2, 0.42, 0.8)
 
 # The prototypes begin anew after so many samples: T_r = 500, as published, at a batch of 32; a sixth of the data, as on CC3M.
 _SAMPLES_PER_RESTART = 16_000
+# CC3M's 6.5, less the logarithm of how many times fewer the samples are: a divergence from the mean over n samples is at most
+# log n. With 8.5 τ falls all the time; 3 is what the divergence comes to at the τ that the mini-batch loss learns.
+_RHO = f"{6.5 - math.log(2.72e6 / 1e5):.1f}"
 # So many times the epochs, over a part of the data as much smaller: the same samples seen.
 MORE_VISITS = 5
 _WARMUP_SAMPLES = 25_600
 
 Flags = dict[str, str]
+Case = tuple[str, int]  # a method and a batch size
+
+
+class Choice(NamedTuple):
+    """What tuning chooses for a method at a batch size: the learning rate, and γ where the method has one."""
+
+    lr: float
+    gamma: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,23 +103,25 @@ class Run:
         return int(self.flags["epochs"])
 
 
-def method_flags(method: str, batch_size: int, lr: float) -> Flags:
-    """What a method is trained with: its flags on CC12M (scripts/slurm/cc12m), the published data set nearest in size.
+def method_flags(method: str, batch_size: int, choice: Choice) -> Flags:
+    """What a method is trained with: its flags on CC3M (scripts/slurm/cc3m), the published data set nearest in size.
 
     The temperature learns at lr / 8 (amorlip: lr / 4) where it has a rate of its own, which is their ratio there. γ falls
     with every step and not with every epoch: there are few epochs.
     """
+    lr, gamma = choice
     global_loss = {
-        **{"temperature_scheme": "global_learnable", "multiply_tau": "", "rho": "8.5", "fastclip_eps": "1e-14"},
+        **{"temperature_scheme": "global_learnable", "multiply_tau": "", "rho": _RHO, "fastclip_eps": "1e-14"},
         **{"lr_tau": f"{lr / 8:g}", "lr_tau_scheduler": "step_thresh", "gamma_schedule": "cosine_step"},
+        **({} if gamma is None else {"gamma": f"{gamma:g}"}),
     }
     restart = {"npn_restart_iter": str(max(1, _SAMPLES_PER_RESTART // batch_size))}
     return {
         "openclip": {"objective": "openclip"},
         "siglip": {"objective": "siglip"},
-        "fastclip": {"objective": "fastclip", **global_loss, "gamma": "0.2"},  # v3
+        "fastclip": {"objective": "fastclip", **global_loss},  # v3
         "amorlip": {"objective": "amorlip", "lr_tau": f"{lr / 4:g}", "grad-clip-norm": "1.0"},
-        "neuclip": {"objective": "neuclip", **global_loss, "gamma": "0.42", "npn_num_protos": "4096", **restart},
+        "neuclip": {"objective": "neuclip", **global_loss, "npn_num_protos": "4096", **restart},
     }[method]
 
 
@@ -112,7 +130,7 @@ def training_run(
     name: str,
     method: str,
     batch_size: int,
-    lr: float,
+    choice: Choice,
     seed: int,
     epochs: int,
     more: Mapping[str, str | None] | None = None,
@@ -123,8 +141,8 @@ def training_run(
         more: flags in place of the method's; None takes one away.
     """
     flags = {
-        **_common(setup, batch_size, lr, seed, epochs),
-        **method_flags(method, batch_size, lr),
+        **_common(setup, batch_size, choice.lr, seed, epochs),
+        **method_flags(method, batch_size, choice),
         "val-data": str(setup.data / "retrieval_set"),
         "zeroshot-data": str(setup.data / "zeroshot"),
         "zeroshot-frequency": "1",
@@ -136,41 +154,42 @@ def training_run(
     return Run(name, {flag: value for flag, value in changed.items() if value is not None})
 
 
-def tuning_run(setup: Setup, method: str, batch_size: int, lr: float) -> Run:
+def tuning_run(setup: Setup, method: str, batch_size: int, choice: Choice) -> Run:
     """A shorter run, evaluated once on pairs that nothing else is measured on."""
     flags = {
-        **_common(setup, batch_size, lr, SEEDS[0], setup.short_epochs),
-        **method_flags(method, batch_size, lr),
+        **_common(setup, batch_size, choice.lr, SEEDS[0], setup.short_epochs),
+        **method_flags(method, batch_size, choice),
         "val-data": str(setup.data / "retrieval_combo"),
         "val-frequency": str(setup.short_epochs),
         "save-frequency": str(setup.short_epochs),
         **_length_flags(method, setup, setup.short_epochs),
     }
-    return Run(f"tune-{method}-b{batch_size}-lr{lr:g}", flags)
+    changed = "" if choice.gamma == PUBLISHED_GAMMA.get(method) else f"-gamma{choice.gamma:g}"
+    return Run(f"tune-{method}-b{batch_size}-lr{choice.lr:g}{changed}", flags)
 
 
-def comparison_runs(setup: Setup, rates: Mapping[tuple[str, int], float]) -> list[Run]:
+def comparison_runs(setup: Setup, choices: Mapping[Case, Choice]) -> list[Run]:
     """All methods, batch sizes and seeds; the first seed of everything first."""
     return [
-        training_run(setup, f"{method}-b{size}-s{seed}", method, size, rates[method, size], seed, setup.epochs)
+        training_run(setup, f"{method}-b{size}-s{seed}", method, size, choices[method, size], seed, setup.epochs)
         for seed in SEEDS
         for size in BATCH_SIZES
         for method in METHODS
     ]
 
 
-def ablation_runs(setup: Setup, rates: Mapping[tuple[str, int], float]) -> list[Run]:
+def ablation_runs(setup: Setup, choices: Mapping[Case, Choice]) -> list[Run]:
     """Short runs of NeuCLIP at the smaller batch with one thing changed, and with none."""
     size = BATCH_SIZES[0]
-    lr = rates["neuclip", size]
+    choice = choices["neuclip", size]
     return [
-        training_run(setup, f"ablation-{name}-s{seed}", "neuclip", size, lr, seed, setup.short_epochs, flags)
+        training_run(setup, f"ablation-{name}-s{seed}", "neuclip", size, choice, seed, setup.short_epochs, flags)
         for seed in SEEDS
-        for name, flags in _variants()
+        for name, flags in _variants(choice)
     ]
 
 
-def visits_runs(setup: Setup, rates: Mapping[tuple[str, int], float]) -> list[Run]:
+def visits_runs(setup: Setup, choices: Mapping[Case, Choice]) -> list[Run]:
     """As many samples seen at the smaller batch, but of fewer pairs, each of them more often.
 
     For the methods of which the papers say in what order they come. What is remembered per sample is out of date by an
@@ -180,28 +199,26 @@ def visits_runs(setup: Setup, rates: Mapping[tuple[str, int], float]) -> list[Ru
     few = replace(setup, pairs=setup.pairs // MORE_VISITS, epochs=setup.epochs * MORE_VISITS)
     seldom = {"save-frequency": str(max(1, few.epochs // 4)), "keep-last": "4"}
     return [
-        training_run(few, f"visits-{method}-s{seed}", method, size, rates[method, size], seed, few.epochs, seldom)
+        training_run(few, f"visits-{method}-s{seed}", method, size, choices[method, size], seed, few.epochs, seldom)
         for seed in SEEDS
         for method in ("openclip", "fastclip", "neuclip")
     ]
 
 
-def memory_runs(setup: Setup, rates: Mapping[tuple[str, int], float]) -> list[Run]:
-    """Short runs of FastCLIP at the smaller batch whose averages remember less; γ 1 forgets all but the present batch."""
+def memory_runs(setup: Setup, choices: Mapping[Case, Choice]) -> list[Run]:
+    """Short runs of FastCLIP at the smaller batch by what γ falls to; γ 1 forgets all but the present batch."""
     size = BATCH_SIZES[0]
-    lr = rates["fastclip", size]
+    lr = choices["fastclip", size].lr
     return [
-        training_run(setup, f"memory-gamma{gamma}-s{seed}", "fastclip", size, lr, seed, setup.short_epochs, flags)
-        for seed in SEEDS
-        for gamma, flags in (
-            ("0.2", {}),
-            *((value, {"gamma": value}) for value in ("0.5", "0.8")),
-            ("1", {"gamma": "1.0", "gamma_schedule": "constant", "gamma_decay_epochs": None}),
+        training_run(
+            setup, f"memory-gamma{gamma:g}-s{seed}", "fastclip", size, Choice(lr, gamma), seed, setup.short_epochs
         )
+        for seed in SEEDS
+        for gamma in (*GAMMAS, 1.0)
     ]
 
 
-def _variants() -> Iterator[tuple[str, dict[str, str | None]]]:
+def _variants(choice: Choice) -> Iterator[tuple[str, dict[str, str | None]]]:
     yield "none", {}
     # An MLP has nothing to begin anew from but random weights.
     yield "mlp", {"npn_arch": "mlp", "npn_num_protos": None, "npn_restart_iter": "0"}
@@ -213,8 +230,13 @@ def _variants() -> Iterator[tuple[str, dict[str, str | None]]]:
         yield f"Tu{value}", {"npn_repetition": value}
     for value in ("512", "1024"):
         yield f"m{value}", {"npn_num_protos": value}
-    for value in ("0", "0.2", "0.8"):
-        yield f"gamma{value}", {"gamma": value, **({"gamma_schedule": "constant"} if value == "0" else {})}
+    # At 0 the prototypes' normalizers are not mixed with the batch's, at 1 there are the batch's alone.
+    for gamma in (0.0, *GAMMAS, 1.0):
+        if gamma != choice.gamma:
+            schedule = {"gamma_schedule": "constant"} if gamma == 0 else {}
+            yield f"gamma{gamma:g}", {"gamma": f"{gamma:g}", **schedule}
+    for value in ("2", "5", "8.5"):
+        yield f"rho{value}", {"rho": value}
     yield "adagrad", {"npn_optimizer": "adagrad"}
     yield "adagrad-lr0.001", {"npn_optimizer": "adagrad", "npn_lr": "0.001"}
 

@@ -38,7 +38,8 @@ FAKE = """
     params = [f"{name.replace('-', '_')}: {value or True}\\n" for name, value in flags.items()]
     (folder / "params.txt").write_text("".join(params))
     best = {"siglip": 8e-3, "amorlip": 5e-4}.get(flags["objective"], 1e-3)
-    score = 1 - abs(float(flags["lr"]) - best)
+    gamma = {"fastclip": 0.8, "neuclip": 0.42}.get(flags["objective"], 0.0)
+    score = 1 - abs(float(flags["lr"]) - best) - 0.1 * abs(float(flags.get("gamma", 0)) - gamma)
     recalls = {f"{way}_R@{k}": score for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
     line = {"epoch": int(flags["epochs"]), **recalls}
     (folder / "results.jsonl").write_text(json.dumps(line) + "\\n")
@@ -63,13 +64,21 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lanes, "ROOT", tmp_path / "checkout")
 
 
-def some_rates() -> dict[tuple[str, int], float]:
-    return {(method, size): 1e-3 for method in runs.METHODS for size in runs.BATCH_SIZES}
+def chosen(method: str, lr: float) -> runs.Choice:
+    return runs.Choice(lr, runs.PUBLISHED_GAMMA.get(method))
+
+
+def some_choices() -> dict[runs.Case, runs.Choice]:
+    return {(method, size): chosen(method, 1e-3) for method in runs.METHODS for size in runs.BATCH_SIZES}
 
 
 def test_all_commands_are_training_s(setup: runs.Setup) -> None:
-    all_runs = [*runs.comparison_runs(setup, some_rates()), *runs.ablation_runs(setup, some_rates())]
-    all_runs += [runs.tuning_run(setup, method, size, 2e-3) for method in runs.METHODS for size in runs.BATCH_SIZES]
+    all_runs = [*runs.comparison_runs(setup, some_choices()), *runs.ablation_runs(setup, some_choices())]
+    all_runs += [
+        runs.tuning_run(setup, method, size, chosen(method, 2e-3))
+        for method in runs.METHODS
+        for size in runs.BATCH_SIZES
+    ]
     assert len({run.name for run in all_runs}) == len(all_runs)
     for run in all_runs:
         args = parse_args(run.command())
@@ -86,15 +95,15 @@ def test_all_commands_are_training_s(setup: runs.Setup) -> None:
 
 
 def test_every_variant_changes_what_it_says(setup: runs.Setup) -> None:
-    plain, *changing = [run for run in runs.ablation_runs(setup, some_rates()) if run.name.endswith("-s0")]
-    compared = next(run for run in runs.comparison_runs(setup, some_rates()) if run.name == "neuclip-b32-s0")
+    plain, *changing = [run for run in runs.ablation_runs(setup, some_choices()) if run.name.endswith("-s0")]
+    compared = next(run for run in runs.comparison_runs(setup, some_choices()) if run.name == "neuclip-b32-s0")
     assert plain.name == "ablation-none-s0"
     assert {flag for flag, value in compared.flags.items() if plain.flags[flag] != value} == {"epochs", "keep-last"}
     resolved = vars(parse_args(plain.command()))
     for run in changing:
         changed = {flag for flag in plain.flags | run.flags if plain.flags.get(flag) != run.flags.get(flag)}
         assert changed, run.name
-        assert all(flag.startswith(("npn_", "gamma")) for flag in changed)
+        assert all(flag.startswith(("npn_", "gamma", "rho")) for flag in changed)
         other = vars(parse_args(run.command()))
         assert all(resolved[flag] != other[flag] for flag in changed), (run.name, changed)
 
@@ -108,8 +117,8 @@ def more_shards(setup: runs.Setup) -> runs.Setup:
 
 def test_visits_are_more_of_fewer_pairs(setup: runs.Setup) -> None:
     setup = more_shards(setup)
-    compared = {run.name: parse_args(run.command()) for run in runs.comparison_runs(setup, some_rates())}
-    for run in runs.visits_runs(setup, some_rates()):
+    compared = {run.name: parse_args(run.command()) for run in runs.comparison_runs(setup, some_choices())}
+    for run in runs.visits_runs(setup, some_choices()):
         args = parse_args(run.command())
         whole = compared[run.name.replace("visits-", "").replace("-s", "-b32-s")]
         assert (args.train_data, args.epochs) == (f"{setup.data}/train/{{00000..00001}}.tar", 20)
@@ -122,17 +131,12 @@ def test_visits_are_more_of_fewer_pairs(setup: runs.Setup) -> None:
 
 
 def test_memory_differs_in_gamma_alone(setup: runs.Setup) -> None:
-    plain, *changed = (run for run in runs.memory_runs(setup, some_rates()) if run.name.endswith("-s0"))
-    short = runs.training_run(setup, plain.name, "fastclip", 32, 1e-3, 0, setup.short_epochs)
+    plain, *changed = (run for run in runs.memory_runs(setup, some_choices()) if run.name.endswith("-s0"))
+    short = runs.training_run(setup, plain.name, "fastclip", 32, chosen("fastclip", 1e-3), 0, setup.short_epochs)
     assert plain.flags == short.flags
-    found = {}
-    for run in changed:
-        args = parse_args(run.command())
-        found[args.gamma] = args.gamma_schedule
-        differ = {flag for flag in plain.flags | run.flags if plain.flags.get(flag) != run.flags.get(flag)}
-        assert "gamma" in differ
-        assert all(flag.startswith("gamma") for flag in differ)
-    assert found == {0.5: "cosine_step", 0.8: "cosine_step", 1.0: "constant"}
+    assert all(run.flags == {**plain.flags, "gamma": run.flags["gamma"]} for run in changed)
+    # At 1 nothing is remembered, whatever the schedule.
+    assert [parse_args(run.command()).gamma for run in changed] == [0.42, 0.8, 1.0]
 
 
 def test_data_smaller_than_a_shard_is_refused(setup: runs.Setup) -> None:
@@ -145,18 +149,26 @@ def test_data_smaller_than_a_shard_is_refused(setup: runs.Setup) -> None:
 def test_tuning_goes_on_beyond_the_ends(setup: runs.Setup) -> None:
     scores = tuning.tune(setup, lambda due: training.train_all(due, setup.logs, lanes=2))
     assert set(scores) == {(method, size) for method in runs.METHODS for size in runs.BATCH_SIZES}
-    best = tuning.best_rates(scores)
-    assert best["siglip", 128] == 8e-3
-    assert set(scores["siglip", 128]) == {5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2}
-    assert best["amorlip", 32] == 5e-4
-    assert set(scores["amorlip", 32]) == {2.5e-4, 5e-4, 1e-3, 2e-3}
-    assert best["openclip", 128] == 1e-3
-    assert set(scores["openclip", 128]) == {5e-4, 1e-3, 2e-3}
+    rates = {case: set(found.rates) for case, found in scores.items()}
+    best = {case: found.choice for case, found in scores.items()}
+    assert best["siglip", 128] == (8e-3, None)
+    assert rates["siglip", 128] == {5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2}
+    assert best["amorlip", 32] == (5e-4, None)
+    assert rates["amorlip", 32] == {2.5e-4, 5e-4, 1e-3}
+    assert best["openclip", 128] == (1e-3, None)
+    assert rates["openclip", 128] == {5e-4, 1e-3, 2e-3}
+    assert rates["openclip", 32] == {2.5e-4, 5e-4, 1e-3, 2e-3}
+    # Each γ at the best learning rate.
+    for size in runs.BATCH_SIZES:
+        assert best["fastclip", size] == (1e-3, 0.8)
+        assert best["neuclip", size] == (1e-3, 0.42)
+        assert set(scores["fastclip", size].gammas) == set(scores["neuclip", size].gammas) == {0.2, 0.42, 0.8}
+    assert not scores["openclip", 32].gammas
 
 
 @pytest.mark.usefixtures("fake")
 def test_finished_runs_are_not_trained_again(setup: runs.Setup, capsys: pytest.CaptureFixture[str]) -> None:
-    due = [runs.tuning_run(setup, "openclip", 128, lr) for lr in (1e-3, 2e-3)]
+    due = [runs.tuning_run(setup, "openclip", 128, chosen("openclip", lr)) for lr in (1e-3, 2e-3)]
     training.train_all(due[:1], setup.logs, lanes=2)
     training.train_all(due, setup.logs, lanes=2)
     assert "2 runs, 1 of them finished before" in capsys.readouterr().out
@@ -167,13 +179,13 @@ def test_finished_runs_are_not_trained_again(setup: runs.Setup, capsys: pytest.C
 
 @pytest.mark.usefixtures("fake")
 def test_a_line_that_a_kill_has_torn_is_not_taken_for_an_evaluation(setup: runs.Setup) -> None:
-    run = runs.tuning_run(setup, "openclip", 128, 1e-3)
+    run = runs.tuning_run(setup, "openclip", 128, chosen("openclip", 1e-3))
     training.train_all([run], setup.logs, lanes=1)
     results = setup.logs / run.name / "results.jsonl"
     results.write_text(results.read_text()[:-9])
     assert not training.is_finished(run, setup.logs)
     with pytest.raises(StudyError, match=r"tune-openclip-b128-lr0\.001 has no evaluation: its out\.log says why"):
-        tuning.score(setup, "openclip", 128, 1e-3)
+        tuning.score(setup, "openclip", 128, chosen("openclip", 1e-3))
 
 
 @pytest.mark.parametrize(
@@ -191,9 +203,9 @@ def test_lanes_get_the_gpus_that_are_there(
 
 @pytest.mark.usefixtures("fake")
 def test_a_folder_with_another_run_is_refused(setup: runs.Setup) -> None:
-    run = runs.training_run(setup, "openclip-b128-s0", "openclip", 128, 1e-3, 0, 4)
+    run = runs.training_run(setup, "openclip-b128-s0", "openclip", 128, chosen("openclip", 1e-3), 0, 4)
     training.train_all([run], setup.logs, lanes=1)
-    other = runs.training_run(setup, "openclip-b128-s0", "openclip", 128, 2e-3, 0, 4)
+    other = runs.training_run(setup, "openclip-b128-s0", "openclip", 128, chosen("openclip", 2e-3), 0, 4)
     with pytest.raises(StudyError, match=r"was trained with lr 0\.001, not 0\.002"):
         training.train_all([other], setup.logs, lanes=1)
 
@@ -201,18 +213,20 @@ def test_a_folder_with_another_run_is_refused(setup: runs.Setup) -> None:
 @pytest.mark.usefixtures("fake")
 def test_a_folder_of_other_data_or_of_another_variant_is_refused(setup: runs.Setup) -> None:
     """Runs with fewer pairs, or of an ablation that has been redefined, are not taken for these; moved data is."""
-    run = runs.tuning_run(setup, "neuclip", 128, 1e-3)
+    run = runs.tuning_run(setup, "neuclip", 128, chosen("neuclip", 1e-3))
     training.train_all([run], setup.logs, lanes=1)
     fewer = replace(setup, pairs=100)
     with pytest.raises(StudyError, match=r"train_data .*00001\}\.tar, not .*00000\}\.tar"):
-        training.is_finished(runs.tuning_run(fewer, "neuclip", 128, 1e-3), setup.logs)
+        training.is_finished(runs.tuning_run(fewer, "neuclip", 128, chosen("neuclip", 1e-3)), setup.logs)
     with pytest.raises(StudyError, match=r"was trained with gamma 0\.42, not 0\.4:"):
         training.is_finished(replace(run, flags={**run.flags, "gamma": "0.4"}), setup.logs)
     without = {flag: value for flag, value in run.flags.items() if flag != "lr_tau"}
     with pytest.raises(StudyError, match=r"was trained with lr_tau 0\.000125, not "):
         training.is_finished(replace(run, flags=without), setup.logs)
     moved = setup.data.rename(setup.data.with_name("moved"))
-    assert training.is_finished(runs.tuning_run(replace(setup, data=moved), "neuclip", 128, 1e-3), setup.logs)
+    assert training.is_finished(
+        runs.tuning_run(replace(setup, data=moved), "neuclip", 128, chosen("neuclip", 1e-3)), setup.logs
+    )
     other = {"workers": "3", "precision": "amp_bf16", "eps": "0.000001", "multiply_tau": ""}
     assert training.is_finished(replace(run, flags={**run.flags, **other}), setup.logs)
 
@@ -220,9 +234,13 @@ def test_a_folder_of_other_data_or_of_another_variant_is_refused(setup: runs.Set
 def test_a_run_is_known_by_what_training_writes(setup: runs.Setup) -> None:
     """params.txt holds resolved values: 1e-06 for 1e-6, True for a switch, paths of the machine that trained."""
     setup = more_shards(setup)
-    all_runs = [*runs.comparison_runs(setup, some_rates()), *runs.ablation_runs(setup, some_rates())]
-    all_runs += [*runs.visits_runs(setup, some_rates()), *runs.memory_runs(setup, some_rates())]
-    all_runs += [runs.tuning_run(setup, method, size, 2e-3) for method in runs.METHODS for size in runs.BATCH_SIZES]
+    all_runs = [*runs.comparison_runs(setup, some_choices()), *runs.ablation_runs(setup, some_choices())]
+    all_runs += [*runs.visits_runs(setup, some_choices()), *runs.memory_runs(setup, some_choices())]
+    all_runs += [
+        runs.tuning_run(setup, method, size, chosen(method, 2e-3))
+        for method in runs.METHODS
+        for size in runs.BATCH_SIZES
+    ]
     for run in all_runs:
         args = parse_args(run.command())
         folder = RunFolder(str(setup.logs), run.name)
@@ -233,14 +251,14 @@ def test_a_run_is_known_by_what_training_writes(setup: runs.Setup) -> None:
 
 def test_nothing_is_measured_on_what_chooses_the_learning_rate(setup: runs.Setup) -> None:
     chosen_on = {
-        Path(runs.tuning_run(setup, method, size, 1e-3).flags["val-data"]).name
+        Path(runs.tuning_run(setup, method, size, chosen(method, 1e-3)).flags["val-data"]).name
         for method in runs.METHODS
         for size in runs.BATCH_SIZES
     }
     assert chosen_on == {"retrieval_combo"}
     setup = more_shards(setup)
-    all_runs = [*runs.comparison_runs(setup, some_rates()), *runs.ablation_runs(setup, some_rates())]
-    all_runs += [*runs.visits_runs(setup, some_rates()), *runs.memory_runs(setup, some_rates())]
+    all_runs = [*runs.comparison_runs(setup, some_choices()), *runs.ablation_runs(setup, some_choices())]
+    all_runs += [*runs.visits_runs(setup, some_choices()), *runs.memory_runs(setup, some_choices())]
     looked_at = {Path(run.flags[flag]).name for run in all_runs for flag in ("val-data", "zeroshot-data")}
     assert not chosen_on & (looked_at | {*measure.PAIRS, *measure.ZEROSHOT})
     assert {name.split("/retrieval/")[0].split("/top1")[0] for name in report.HEADLINES} <= {
@@ -252,12 +270,12 @@ def test_nothing_is_measured_on_what_chooses_the_learning_rate(setup: runs.Setup
 def test_methods_differ_in_their_own_flags_alone(setup: runs.Setup) -> None:
     """Data, model, schedule, seed and what is evaluated are the same for all methods of a batch size."""
     for size in runs.BATCH_SIZES:
-        plain = runs.training_run(setup, "x", "openclip", size, 1e-3, 0, 4).flags
+        plain = runs.training_run(setup, "x", "openclip", size, chosen("openclip", 1e-3), 0, 4).flags
         for method in runs.METHODS:
-            flags = runs.training_run(setup, "x", method, size, 1e-3, 0, 4).flags
+            flags = runs.training_run(setup, "x", method, size, chosen(method, 1e-3), 0, 4).flags
             own = {flag for flag in flags | plain if flags.get(flag) != plain.get(flag)}
             assert own <= {
-                *runs.method_flags(method, size, 1e-3),
+                *runs.method_flags(method, size, chosen(method, 1e-3)),
                 "gamma_decay_epochs",
                 "beta_decay_epochs",
                 "data_size",
@@ -267,7 +285,9 @@ def test_methods_differ_in_their_own_flags_alone(setup: runs.Setup) -> None:
 
 @pytest.mark.usefixtures("fake")
 def test_a_run_that_cannot_be_begun_is_named(setup: runs.Setup) -> None:
-    due = [runs.training_run(setup, f"run-s{seed}", "openclip", 128, 1e-3, seed, 4) for seed in (0, 1)]
+    due = [
+        runs.training_run(setup, f"run-s{seed}", "openclip", 128, chosen("openclip", 1e-3), seed, 4) for seed in (0, 1)
+    ]
     (setup.logs / "output" / "run-s0.txt").mkdir(parents=True)  # its output cannot be written
     with pytest.raises(StudyError, match="failed: run-s0 "):
         training.train_all(due, setup.logs, lanes=1)
@@ -276,7 +296,9 @@ def test_a_run_that_cannot_be_begun_is_named(setup: runs.Setup) -> None:
 
 @pytest.mark.usefixtures("fake")
 def test_a_failed_run_is_named_and_the_others_are_trained(setup: runs.Setup) -> None:
-    due = [runs.training_run(setup, f"run-s{seed}", "openclip", 128, 1e-3, seed, 4) for seed in (9, 1)]
+    due = [
+        runs.training_run(setup, f"run-s{seed}", "openclip", 128, chosen("openclip", 1e-3), seed, 4) for seed in (9, 1)
+    ]
     with pytest.raises(StudyError, match=r"failed: run-s9 \(see .*run-s9\.txt\)"):
         training.train_all(due, setup.logs, lanes=1)
     assert training.is_finished(due[1], setup.logs)
@@ -284,7 +306,7 @@ def test_a_failed_run_is_named_and_the_others_are_trained(setup: runs.Setup) -> 
 
 @pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGHUP])
 def test_an_interruption_reaches_the_trainings(setup: runs.Setup, fake: None, told: signal.Signals) -> None:
-    run = runs.training_run(setup, "run-s8", "openclip", 128, 1e-3, 8, 4)
+    run = runs.training_run(setup, "run-s8", "openclip", 128, chosen("openclip", 1e-3), 8, 4)
     program = textwrap.dedent(f"""
         import signal, sys
         from pathlib import Path
@@ -346,32 +368,37 @@ def test_tables_hold_what_was_measured(setup: runs.Setup, tmp_path: Path) -> Non
         write_run(setup, f"neuclip-b128-s{seed}", value)
         write_run(setup, f"ablation-none-s{seed}", value)
         write_run(setup, f"visits-neuclip-s{seed}", value)
-        write_run(setup, f"memory-gamma0.5-s{seed}", value)
+        write_run(setup, f"memory-gamma0.8-s{seed}", value)
         write_run(setup, f"openclip-b128-s{seed}", value + 0.01)
     write_run(setup, "neuclip-b32-s0", 0.15)
     for seed in (0, 1):
         write_run(setup, f"siglip-b32-s{seed}", 0.16)
     write_run(setup, "ablation-mlp-s0", 0.11)
     entries = [
-        {"method": method, "batch_size": size, "lr": 2e-3, "scores": {"0.001": 0.01, "0.002": 0.05}}
-        for method, size in some_rates()
+        {
+            **{"method": method, "batch_size": size, "lr": 2e-3, "scores": {"0.001": 0.01, "0.002": 0.05}},
+            **{"gamma": choice.gamma, "gamma_scores": {} if choice.gamma is None else {"0.2": 0.03, "0.42": 0.04}},
+        }
+        for (method, size), choice in some_choices().items()
     ]
-    (setup.logs / "rates.json").write_text(json.dumps(entries))
+    (setup.logs / report.CHOICES).write_text(json.dumps(entries))
     setup = more_shards(setup)
-    report.write_report(setup, some_rates(), tmp_path / "out")
+    report.write_report(setup, some_choices(), tmp_path / "out")
     lines = (tmp_path / "out" / "comparison.md").read_text().splitlines()
     row = next(line for line in lines if "| 128 | neuclip |" in line)
-    assert row.startswith("| 128 | neuclip | 0.001 | 3 | 12.0 ± 2.0 |")
-    assert "| 128 | openclip | 0.001 | 3 | **13.0 ± 2.0** |" in next(line for line in lines if "128 | openclip" in line)
-    assert "| 128 | siglip | 0.001 | 0 | – |" in next(line for line in lines if "128 | siglip" in line)
+    assert row.startswith("| 128 | neuclip | 0.001 | 0.42 | 3 | 12.0 ± 2.0 |")
+    assert "| 128 | openclip | 0.001 | – | 3 | **13.0 ± 2.0** |" in next(
+        line for line in lines if "128 | openclip" in line
+    )
+    assert "| 128 | siglip | 0.001 | – | 0 | – |" in next(line for line in lines if "128 | siglip" in line)
     # One seed against two, three against one: nothing is best.
-    assert "| 32 | neuclip | 0.001 | 1 | 15.0 |" in next(line for line in lines if "32 | neuclip" in line)
-    assert "| 32 | siglip | 0.001 | 2 | 16.0 ± 0.0 |" in next(line for line in lines if "32 | siglip" in line)
+    assert "| 32 | neuclip | 0.001 | 0.42 | 1 | 15.0 |" in next(line for line in lines if "32 | neuclip" in line)
+    assert "| 32 | siglip | 0.001 | – | 2 | 16.0 ± 0.0 |" in next(line for line in lines if "32 | siglip" in line)
     ablations = (tmp_path / "out" / "ablations.md").read_text()
     assert "| none | 3 | 12.0 ± 2.0 |" in ablations
     assert "| mlp | 1 | 11.0 |" in ablations
     assert "| neuclip | 3 | 12.0 ± 2.0 |" in (tmp_path / "out" / "visits.md").read_text()
-    assert "| gamma0.5 | 3 | 12.0 ± 2.0 |" in (tmp_path / "out" / "memory.md").read_text()
+    assert "| gamma0.8 | 3 | 12.0 ± 2.0 |" in (tmp_path / "out" / "memory.md").read_text()
     # Medians, without the beginning.
     assert "| 128 | neuclip | 200 | 20.0 | 10.0 | 1280 |" in (tmp_path / "out" / "cost.md").read_text()
     assert "**5.00**" in (tmp_path / "out" / "tuning.md").read_text()
