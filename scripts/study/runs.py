@@ -226,16 +226,15 @@ def _variants(choice: Choice) -> Iterator[tuple[str, dict[str, str | None]]]:
     yield "simultaneous", {"npn_optimization": "simultaneous"}
     for value in ("0", "50", "5000"):
         yield f"Tr{value}", {"npn_restart_iter": value}
-    for value in ("1", "3", "30"):
+    for value in ("1", "30"):
         yield f"Tu{value}", {"npn_repetition": value}
-    for value in ("512", "1024"):
-        yield f"m{value}", {"npn_num_protos": value}
+    yield "m1024", {"npn_num_protos": "1024"}
     # At 0 the prototypes' normalizers are not mixed with the batch's, at 1 there are the batch's alone.
     for gamma in (0.0, *GAMMAS, 1.0):
         if gamma != choice.gamma:
             schedule = {"gamma_schedule": "constant"} if gamma == 0 else {}
             yield f"gamma{gamma:g}", {"gamma": f"{gamma:g}", **schedule}
-    for value in ("2", "5", "8.5"):
+    for value in ("2", "8.5"):
         yield f"rho{value}", {"rho": value}
     yield "adagrad", {"npn_optimizer": "adagrad"}
     yield "adagrad-lr0.001", {"npn_optimizer": "adagrad", "npn_lr": "0.001"}
