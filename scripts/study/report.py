@@ -18,27 +18,27 @@ from study.errors import StudyError
 from study.measure import ERRORS, FILE
 from study.runs import BATCH_SIZES, GAMMAS, MEMORIES, METHODS, MORE_VISITS, ORDERED, SEEDS, Case, Choice, variants
 
-# Of study.json; shares, shown in percent.
-HEADLINES = {
-    "retrieval_set/retrieval/image_to_text_R@1": "styles R@1 i→t",
-    "retrieval_set/retrieval/text_to_image_R@1": "styles R@1 t→i",
-    "retrieval_concept/retrieval/image_to_text_R@1": "names R@1 i→t",
-    "retrieval_concept/retrieval/text_to_image_R@1": "names R@1 t→i",
-    "zeroshot/top1": "styles zero-shot",
-    "zeroshot_concept/top1": "names zero-shot",
+_WAYS = {"image_to_text": "i→t", "text_to_image": "t→i"}
+_HELD_OUT = {"styles": ("retrieval_set", "zeroshot"), "names": ("retrieval_concept", "zeroshot_concept")}
+
+
+def _recalls(label: str) -> list[str]:
+    pairs, _ = _HELD_OUT[label]
+    return [f"{pairs}/retrieval/{way}_R@{k}" for way in _WAYS for k in (1, 5, 10)]
+
+
+# Column → what of study.json its number is the mean of; shares, shown in percent.
+HEADLINES: dict[str, list[str]] = {
+    **{
+        f"{label} R@1 {arrow}": [f"{pairs}/retrieval/{way}_R@1"]
+        for label, (pairs, _) in _HELD_OUT.items()
+        for way, arrow in _WAYS.items()
+    },
+    **{f"{label} mean recall": _recalls(label) for label in _HELD_OUT},
+    **{f"{label} zero-shot": [f"{classes}/top1"] for label, (_, classes) in _HELD_OUT.items()},
 }
 # Differences are looked for in the mean of six recalls, which seeds move less than R@1 alone.
-_WAYS = ("image_to_text", "text_to_image")
-SCORES = {
-    **{
-        f"{kind}_recall": (
-            f"{label} mean recall",
-            [f"{kind}/retrieval/{way}_R@{k}" for way in _WAYS for k in (1, 5, 10)],
-        )
-        for kind, label in (("retrieval_set", "styles"), ("retrieval_concept", "names"))
-    },
-    **{f"{kind}_top1": (HEADLINES[f"{kind}/top1"], [f"{kind}/top1"]) for kind in ("zeroshot", "zeroshot_concept")},
-}
+SCORES = {label: names for label, names in HEADLINES.items() if "R@1" not in label}
 # Which method is ahead of which, in the papers.
 CLAIMS = (("fastclip", "openclip"), ("neuclip", "fastclip"), ("neuclip", "openclip"), ("neuclip", "amorlip"))
 # What tuning has tried and chosen, beside the runs.
@@ -129,7 +129,7 @@ def differences_table(logs: Path) -> Table:
     A seed gives both the same first weights, but for what only one of them has, and the same samples in the same order.
     """
     columns = [Column("runs", "runs"), Column("difference", "difference"), Column("seeds", "seeds")]
-    columns += [Column(name, label, "+.1f", 100.0) for name, (label, _) in SCORES.items()]
+    columns += [Column(label, label, "+.1f", 100.0) for label in SCORES]
     groups = {f"batch {size}": f"{{}}-b{size}" for size in BATCH_SIZES}
     groups[f"batch {BATCH_SIZES[0]}, {MORE_VISITS} times the visits"] = "visits-{}"
     rows = []
@@ -142,7 +142,7 @@ def differences_table(logs: Path) -> Table:
             pairs = [pair for pair in pairs if all((folder / FILE).exists() for folder in pair)]
             if pairs:
                 words = map(Cell, (group, f"{ahead} − {behind}", str(len(pairs))))
-                rows.append([*words, *(_difference(pairs, names) for _, names in SCORES.values())])
+                rows.append([*words, *(_difference(pairs, names) for names in SCORES.values())])
     return Table(columns, rows)
 
 
@@ -204,7 +204,7 @@ def cost_table(logs: Path) -> Table:
 def _with_metrics(rows: Sequence[Row]) -> list[list[Cell]]:
     # A mean over fewer seeds is no better than one over more for being higher.
     higher = True if len({len(row.runs) for row in rows if row.runs}) == 1 else None
-    columns = [with_best([_statistic(row.runs, name) for row in rows], higher) for name in HEADLINES]
+    columns = [with_best([_statistic(row.runs, names) for row in rows], higher) for names in HEADLINES.values()]
     return [
         [*map(Cell, row.names), Cell(str(len(row.runs))), *cells]
         for row, cells in zip(rows, zip(*columns), strict=True)
@@ -212,26 +212,24 @@ def _with_metrics(rows: Sequence[Row]) -> list[list[Cell]]:
 
 
 def _metric_columns() -> list[Column]:
-    return [Column("seeds", "seeds"), *(Column(name, label, ".1f", 100.0) for name, label in HEADLINES.items())]
+    return [Column("seeds", "seeds"), *(Column(label, label, ".1f", 100.0) for label in HEADLINES)]
 
 
-def _statistic(folders: Sequence[Path], name: str) -> Cell:
-    values = [_measured(folder)[name] for folder in folders]
-    return _mean(values) if values else Cell(None)
+def _statistic(folders: Sequence[Path], names: Sequence[str]) -> Cell:
+    return _mean([_score(folder, names) for folder in folders]) if folders else Cell(None)
 
 
 def _difference(pairs: Sequence[tuple[Path, Path]], names: Sequence[str]) -> Cell:
-    scores = [[statistics.fmean(_measured(folder)[name] for name in names) for folder in pair] for pair in pairs]
-    return _mean([ahead - behind for ahead, behind in scores])
+    return _mean([_score(ahead, names) - _score(behind, names) for ahead, behind in pairs])
 
 
 def _mean(values: Sequence[float]) -> Cell:
     return Cell(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
-def _measured(folder: Path) -> dict[str, float]:
-    metrics: dict[str, float] = json.loads((folder / FILE).read_text(encoding="utf-8"))["metrics"]
-    return metrics
+def _score(folder: Path, names: Sequence[str]) -> float:
+    metrics = json.loads((folder / FILE).read_text(encoding="utf-8"))["metrics"]
+    return statistics.fmean(metrics[name] for name in names)
 
 
 def _finished(logs: Path, prefix: str) -> list[Path]:
