@@ -59,6 +59,9 @@ def measure(world: World, args: Namespace) -> dict[str, Any]:
     """On one rank: milliseconds of every part by precision, and how predictions differ."""
     batch, targets, logit_scale = make_batch(args, world)
     networks = {precision: make_network(args, world, precision) for precision in args.precisions}
+    for network in networks.values():
+        for _ in range(args.prototypes // args.batch):  # m > N: as many batches as make m prototypes
+            network.observe(batch)
     stopwatches = {precision: Stopwatch(world.device) for precision in networks}
     first_predictions = {}
     for repetition in range(args.warmup + args.repeats):

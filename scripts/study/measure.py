@@ -25,6 +25,7 @@ from evaluation.suite import Setting, measure_classification, measure_pairs
 from evaluation.whole_files import write_whole
 
 FILE = "study.json"
+ERRORS = "normalizer_error.json"
 # Drawing styles that were never trained; names that were never trained.
 PAIRS = ("retrieval_set", "retrieval_concept")
 # Trained names in those styles; names that were never trained.
@@ -58,11 +59,16 @@ def measure(run: RunFolder, data: Path, setting: Setting) -> dict[str, Any]:
     }
 
 
+def is_record(folder: Path) -> bool:
+    """Whether a run's folder is a published one, without its checkpoints."""
+    return not (folder / "checkpoints").exists()
+
+
 def is_measured(folder: Path) -> bool:
-    """Whether study.json is of the run's last checkpoint."""
+    """Whether study.json is of the run's last checkpoint, or of a run of which nothing but figures is there."""
     path = folder / FILE
-    if not path.exists():
-        return False
+    if not path.exists() or is_record(folder):
+        return path.exists()
     return bool(json.loads(path.read_text(encoding="utf-8"))["sha256"] == RunFolder(folder).checkpoint().sha256())
 
 

@@ -1,42 +1,46 @@
-"""Tables and figures of the study out of the folders of its runs."""
+"""Tables and figures of the study out of the folders of its runs, or of what was published of them."""
 
 from __future__ import annotations
 
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evaluation import normalizer_error
 from evaluation.comparison import commands as figures
 from evaluation.comparison.tables import Cell, Column, Table, markdown, with_best, write_table
+from evaluation.normalizers import report as errors
+from evaluation.run_folder import RunFolder
+from evaluation.whole_files import write_whole
 from study.errors import StudyError
-from study.measure import FILE
-from study.runs import (
-    BATCH_SIZES,
-    GAMMAS,
-    METHODS,
-    SEEDS,
-    Case,
-    Choice,
-    Run,
-    Setup,
-    ablation_runs,
-    memory_runs,
-    visits_runs,
-)
+from study.measure import ERRORS, FILE
+from study.runs import BATCH_SIZES, GAMMAS, MEMORIES, METHODS, MORE_VISITS, ORDERED, SEEDS, Case, Choice, variants
 
-# Of study.json; shares, shown in percent.
-HEADLINES = {
-    "retrieval_set/retrieval/image_to_text_R@1": "styles R@1 i→t",
-    "retrieval_set/retrieval/text_to_image_R@1": "styles R@1 t→i",
-    "retrieval_concept/retrieval/image_to_text_R@1": "names R@1 i→t",
-    "retrieval_concept/retrieval/text_to_image_R@1": "names R@1 t→i",
-    "zeroshot/top1": "styles zero-shot",
-    "zeroshot_concept/top1": "names zero-shot",
+_WAYS = {"image_to_text": "i→t", "text_to_image": "t→i"}
+_HELD_OUT = {"styles": ("retrieval_set", "zeroshot"), "names": ("retrieval_concept", "zeroshot_concept")}
+
+
+def _recalls(label: str) -> list[str]:
+    pairs, _ = _HELD_OUT[label]
+    return [f"{pairs}/retrieval/{way}_R@{k}" for way in _WAYS for k in (1, 5, 10)]
+
+
+# Column → what of study.json its number is the mean of; shares, shown in percent.
+HEADLINES: dict[str, list[str]] = {
+    **{
+        f"{label} R@1 {arrow}": [f"{pairs}/retrieval/{way}_R@1"]
+        for label, (pairs, _) in _HELD_OUT.items()
+        for way, arrow in _WAYS.items()
+    },
+    **{f"{label} mean recall": _recalls(label) for label in _HELD_OUT},
+    **{f"{label} zero-shot": [f"{classes}/top1"] for label, (_, classes) in _HELD_OUT.items()},
 }
+# Differences are looked for in the mean of six recalls, which seeds move less than R@1 alone.
+SCORES = {label: names for label, names in HEADLINES.items() if "R@1" not in label}
+# Which method is ahead of which, in the papers.
+CLAIMS = (("fastclip", "openclip"), ("neuclip", "fastclip"), ("neuclip", "openclip"), ("neuclip", "amorlip"))
 # What tuning has tried and chosen, beside the runs.
 CHOICES = "choices.json"
 CURVES = ("image_to_text_R@1", "text_to_image_R@1", "zeroshot-val-top1", "contrastive_loss", "temperature")
@@ -51,20 +55,24 @@ class Row(NamedTuple):
     runs: list[Path]
 
 
-def write_report(setup: Setup, choices: Mapping[Case, Choice], out: Path) -> list[Path]:
+def write_report(logs: Path, choices: Mapping[Case, Choice], out: Path) -> list[Path]:
     """Write tables as Markdown, CSV and LaTeX.
+
+    Args:
+        logs: the folder of the runs' folders.
 
     Returns:
         What was written.
     """
     out.mkdir(parents=True, exist_ok=True)
     tables = {
-        "comparison": comparison_table(setup, choices),
-        "tuning": tuning_table(setup),
-        "ablations": ablation_table(setup, choices),
-        "memory": memory_table(setup, choices),
-        "visits": visits_table(setup, choices),
-        "cost": cost_table(setup),
+        "comparison": comparison_table(logs, choices),
+        "differences": differences_table(logs),
+        "tuning": tuning_table(logs),
+        "ablations": ablation_table(logs, choices),
+        "memory": memory_table(logs),
+        "visits": visits_table(logs),
+        "cost": cost_table(logs),
     }
     written = [path for name, table in tables.items() if table.rows for path in write_table(table, out, name)]
     for table in tables.values():
@@ -73,30 +81,33 @@ def write_report(setup: Setup, choices: Mapping[Case, Choice], out: Path) -> lis
     return written
 
 
-def write_figures(setup: Setup, out: Path) -> None:
-    """Curves over samples seen, and the error of the normalizers over training, for each batch size.
+def write_figures(logs: Path, out: Path) -> None:
+    """Curves over samples seen for each batch size, and the error of the normalizers over training for both.
 
     Raises:
-        StudyError: one of the tools has failed; it has said why.
+        StudyError: the tool has failed; it has said why.
     """
     for size in BATCH_SIZES:
-        runs = [run for method in METHODS for run in _finished(setup, f"{method}-b{size}")]
-        first = [run for run in runs if run.name.endswith(f"-s{SEEDS[0]}")]
-        if not first:
-            continue
+        runs = [run for method in METHODS for run in _finished(logs, f"{method}-b{size}")]
         metrics = [word for name in CURVES for word in ("--metric", name)]
         words = ["curves", *map(str, runs), *metrics, "--out", str(out / f"curves-b{size}")]
-        _call("curves", figures.main, words)
-        words = ["--train_output_dir", *map(str, first), "--workers", "1", "--out", str(out / f"error-b{size}")]
-        _call("normalizer error", normalizer_error.main, words)
+        if runs and figures.main(words) != 0:
+            raise StudyError("curves: the command failed, see above")
+    compared = [f"{method}-b{size}" for size in BATCH_SIZES for method in METHODS]
+    _write_errors([logs / f"{name}-s{SEEDS[0]}" for name in compared], out / "error")
+    _write_errors([logs / f"visits-{method}-s{SEEDS[0]}" for method in ORDERED], out / "error-visits")
 
 
-def _call(what: str, tool: Callable[[list[str]], int], words: list[str]) -> None:
-    if tool(words) != 0:
-        raise StudyError(f"{what}: the command failed, see above")
+def _write_errors(folders: Sequence[Path], out: Path) -> None:
+    """A table and a figure of the errors of the normalizers that were measured."""
+    files = [errors.newest(RunFolder(folder)) for folder in folders if (folder / ERRORS).exists()]
+    if files:
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / "normalizer_error.md", errors.markdown(files))
+        errors.write_picture(errors.draw(files), out)
 
 
-def comparison_table(setup: Setup, choices: Mapping[Case, Choice]) -> Table:
+def comparison_table(logs: Path, choices: Mapping[Case, Choice]) -> Table:
     """Mean and standard deviation (n − 1) over seeds for every method and batch size.
 
     The best of each batch size is in bold where its methods have equally many seeds.
@@ -105,37 +116,60 @@ def comparison_table(setup: Setup, choices: Mapping[Case, Choice]) -> Table:
     rows: list[list[Cell]] = []
     for size in BATCH_SIZES:
         of_size = [
-            Row((str(size), method, *_chosen(choices[method, size])), _finished(setup, f"{method}-b{size}"))
+            Row((str(size), method, *_chosen(choices[method, size])), _finished(logs, f"{method}-b{size}"))
             for method in METHODS
         ]
         rows += _with_metrics(of_size)
     return Table([*columns, *_metric_columns()], rows)
 
 
-def ablation_table(setup: Setup, choices: Mapping[Case, Choice]) -> Table:
+def differences_table(logs: Path) -> Table:
+    """What a method is ahead of another, in points: mean and standard deviation of the differences at equal seeds.
+
+    A seed gives both the same first weights, but for what only one of them has, and the same samples in the same order.
+    """
+    columns = [Column("runs", "runs"), Column("difference", "difference"), Column("seeds", "seeds")]
+    columns += [Column(label, label, "+.1f", 100.0) for label in SCORES]
+    groups = {f"batch {size}": f"{{}}-b{size}" for size in BATCH_SIZES}
+    groups[f"batch {BATCH_SIZES[0]}, {MORE_VISITS} times the visits"] = "visits-{}"
+    rows = []
+    for group, pattern in groups.items():
+        for ahead, behind in CLAIMS:
+            pairs = [
+                (logs / f"{pattern.format(ahead)}-s{seed}", logs / f"{pattern.format(behind)}-s{seed}")
+                for seed in SEEDS
+            ]
+            pairs = [pair for pair in pairs if all((folder / FILE).exists() for folder in pair)]
+            if pairs:
+                words = map(Cell, (group, f"{ahead} − {behind}", str(len(pairs))))
+                rows.append([*words, *(_difference(pairs, names) for names in SCORES.values())])
+    return Table(columns, rows)
+
+
+def ablation_table(logs: Path, choices: Mapping[Case, Choice]) -> Table:
     """Short runs of NeuCLIP at the smaller batch with one thing changed; nothing in the first row."""
-    return _table_of(ablation_runs(setup, choices), "ablation-", "changed", setup)
+    names = [name for name, _ in variants(choices["neuclip", BATCH_SIZES[0]])]
+    return _table_of(logs, "changed", "ablation-", names)
 
 
-def memory_table(setup: Setup, choices: Mapping[Case, Choice]) -> Table:
+def memory_table(logs: Path) -> Table:
     """Short runs of FastCLIP at the smaller batch by what γ falls to."""
-    return _table_of(memory_runs(setup, choices), "memory-", "fastclip", setup)
+    return _table_of(logs, "fastclip", "memory-", [f"gamma{gamma:g}" for gamma in MEMORIES])
 
 
-def visits_table(setup: Setup, choices: Mapping[Case, Choice]) -> Table:
+def visits_table(logs: Path) -> Table:
     """As many samples seen at the smaller batch, of fewer pairs."""
-    return _table_of(visits_runs(setup, choices), "visits-", "method", setup)
+    return _table_of(logs, "method", "visits-", ORDERED)
 
 
-def _table_of(runs: Sequence[Run], prefix: str, label: str, setup: Setup) -> Table:
-    names = dict.fromkeys(_without_seed(run).removeprefix(prefix) for run in runs)
-    rows = [Row((name,), _finished(setup, prefix + name)) for name in names]
+def _table_of(logs: Path, label: str, prefix: str, names: Sequence[str]) -> Table:
+    rows = [Row((name,), _finished(logs, prefix + name)) for name in names]
     return Table([Column(label, label), *_metric_columns()], _with_metrics([row for row in rows if row.runs]))
 
 
-def tuning_table(setup: Setup) -> Table:
+def tuning_table(logs: Path) -> Table:
     """The score of every learning rate, and of every γ at the best of them."""
-    entries = json.loads((setup.logs / CHOICES).read_text(encoding="utf-8"))
+    entries = json.loads((logs / CHOICES).read_text(encoding="utf-8"))
     tried = sorted({rate for entry in entries for rate in entry["scores"]}, key=float)
     columns = [Column("batch", "batch"), Column("method", "method")]
     columns += [Column(f"lr_{rate}", f"lr {rate}", ".2f", 100.0) for rate in tried]
@@ -148,7 +182,7 @@ def tuning_table(setup: Setup) -> Table:
     return Table(columns, rows)
 
 
-def cost_table(setup: Setup) -> Table:
+def cost_table(logs: Path) -> Table:
     """Time of a step by the runs' own timers, over all seeds; lanes side by side on the same cores slow each other down."""
     columns = [
         *(Column("batch", "batch"), Column("method", "method"), Column("step", "ms per step", ".0f", 1000.0)),
@@ -158,7 +192,7 @@ def cost_table(setup: Setup) -> Table:
     rows = []
     for size in BATCH_SIZES:
         for method in METHODS:
-            folders = _finished(setup, f"{method}-b{size}")
+            folders = _finished(logs, f"{method}-b{size}")
             if not folders:
                 continue
             keys = ("seconds_per_step", "objective_seconds", "normalizer_seconds", "samples_per_second")
@@ -170,7 +204,7 @@ def cost_table(setup: Setup) -> Table:
 def _with_metrics(rows: Sequence[Row]) -> list[list[Cell]]:
     # A mean over fewer seeds is no better than one over more for being higher.
     higher = True if len({len(row.runs) for row in rows if row.runs}) == 1 else None
-    columns = [with_best([_statistic(row.runs, name) for row in rows], higher) for name in HEADLINES]
+    columns = [with_best([_statistic(row.runs, names) for row in rows], higher) for names in HEADLINES.values()]
     return [
         [*map(Cell, row.names), Cell(str(len(row.runs))), *cells]
         for row, cells in zip(rows, zip(*columns), strict=True)
@@ -178,19 +212,29 @@ def _with_metrics(rows: Sequence[Row]) -> list[list[Cell]]:
 
 
 def _metric_columns() -> list[Column]:
-    return [Column("seeds", "seeds"), *(Column(name, label, ".1f", 100.0) for name, label in HEADLINES.items())]
+    return [Column("seeds", "seeds"), *(Column(label, label, ".1f", 100.0) for label in HEADLINES)]
 
 
-def _statistic(folders: Sequence[Path], name: str) -> Cell:
-    values = [json.loads((folder / FILE).read_text(encoding="utf-8"))["metrics"][name] for folder in folders]
-    if not values:
-        return Cell(None)
+def _statistic(folders: Sequence[Path], names: Sequence[str]) -> Cell:
+    return _mean([_score(folder, names) for folder in folders]) if folders else Cell(None)
+
+
+def _difference(pairs: Sequence[tuple[Path, Path]], names: Sequence[str]) -> Cell:
+    return _mean([_score(ahead, names) - _score(behind, names) for ahead, behind in pairs])
+
+
+def _mean(values: Sequence[float]) -> Cell:
     return Cell(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
-def _finished(setup: Setup, prefix: str) -> list[Path]:
+def _score(folder: Path, names: Sequence[str]) -> float:
+    metrics = json.loads((folder / FILE).read_text(encoding="utf-8"))["metrics"]
+    return statistics.fmean(metrics[name] for name in names)
+
+
+def _finished(logs: Path, prefix: str) -> list[Path]:
     """The runs of this name that have been measured, by seed."""
-    folders = [setup.logs / f"{prefix}-s{seed}" for seed in SEEDS]
+    folders = [logs / f"{prefix}-s{seed}" for seed in SEEDS]
     return [folder for folder in folders if (folder / FILE).exists()]
 
 
@@ -211,7 +255,3 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def _chosen(choice: Choice) -> tuple[str, str]:
     return f"{choice.lr:g}", "–" if choice.gamma is None else f"{choice.gamma:g}"
-
-
-def _without_seed(run: Run) -> str:
-    return run.name.rpartition("-s")[0]

@@ -6,6 +6,9 @@
     python scripts/study/run.py all --data data/study --logs logs/study --out results/study
 
 Parts, each of which needs those before it: tune, compare, ablate, explain, measure, report.
+
+What is published of our runs lies in docs/study, without checkpoints; the part `publish` has copied it there. `report --logs
+docs/study` draws tables and figures of it; after `cp -r docs/study logs/study` the other parts take those runs for finished.
 """
 
 from __future__ import annotations
@@ -24,13 +27,16 @@ from evaluation.errors import UserError
 from evaluation.whole_files import write_whole
 from study.errors import StudyError
 from study.lanes import Job, gpus, lanes_of_this_machine, work_off
-from study.measure import is_measured
+from study.measure import is_measured, is_record
+from study.records import publish
 from study.report import CHOICES, write_figures, write_report
 from study.runs import SEEDS, Case, Choice, Run, Setup, ablation_runs, comparison_runs, memory_runs, visits_runs
 from study.training import is_finished, train_all
 from study.tuning import Tried, tune
 
 PARTS = ("tune", "compare", "ablate", "explain", "measure", "report")
+# Runs that are there, nothing of the data, is what these need.
+ON_RECORDS = ("report", "publish")
 SETS = ("train", "retrieval_set", "retrieval_combo", "retrieval_concept", "zeroshot", "zeroshot_concept")
 
 
@@ -41,10 +47,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         StudyError: a value that makes no sense, or data that is not there.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("all", *PARTS))
+    parser.add_argument("part", choices=("all", *PARTS, "publish"))
     parser.add_argument("--data", type=Path, default=Path("data/study"), help="what build_study.py has made")
     parser.add_argument("--logs", type=Path, default=Path("logs/study"), help="where the runs' folders go")
     parser.add_argument("--out", type=Path, default=Path("results/study"), help="where tables and figures go")
+    parser.add_argument(
+        "--records", type=Path, default=Path("docs/study"), help="where publish copies figures and flags"
+    )
     parser.add_argument("--pairs", type=int, default=100_000, help="training pairs, in whole shards")
     parser.add_argument("--epochs", type=int, default=4, help="of the runs that are compared")
     parser.add_argument("--short-epochs", type=int, default=2, help="of tuning and of the ablations")
@@ -55,15 +64,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         if value is not None and value < 1:
             raise StudyError(f"--{name.replace('_', '-')} {value}: give 1 or more")
     missing = [name for name in SETS if not (args.data / name).is_dir()]
-    if missing:
+    if missing and args.part not in ON_RECORDS:
         raise StudyError(
             f"--data {args.data} has no {', '.join(missing)}: run scripts/data/build_study.py --out {args.data}"
         )
-    args.data, args.logs, args.out = (path.absolute() for path in (args.data, args.logs, args.out))
+    for name in ("data", "logs", "out", "records"):
+        setattr(args, name, getattr(args, name).absolute())
     return args
 
 
-def run_part(part: str, setup: Setup, out: Path, lanes: int) -> None:
+def run_part(part: str, setup: Setup, args: argparse.Namespace, lanes: int) -> None:
     """Do one part of the study."""
     train = partial(train_all, logs=setup.logs, lanes=lanes)
     if part == "tune":
@@ -77,9 +87,11 @@ def run_part(part: str, setup: Setup, out: Path, lanes: int) -> None:
         train(sorted(runs, key=lambda run: run.flags["seed"]))
     elif part == "measure":
         measure(setup, read_choices(setup), lanes)
+    elif part == "publish":
+        print(f"{len(publish(setup, args.records))} runs in {args.records}")
     else:
-        write_report(setup, read_choices(setup), out)
-        write_figures(setup, out)
+        write_report(setup.logs, read_choices(setup), args.out)
+        write_figures(setup.logs, args.out)
 
 
 def measure(setup: Setup, choices: dict[Case, Choice], lanes: int) -> None:
@@ -102,7 +114,7 @@ def measure(setup: Setup, choices: dict[Case, Choice], lanes: int) -> None:
             setup=setup,
         )
         for run in over_training
-        if run in runs and run.flags["seed"] == str(SEEDS[0])
+        if run in runs and run.flags["seed"] == str(SEEDS[0]) and not is_record(setup.logs / run.name)
     ]
     work_off(jobs, lanes)
 
@@ -153,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lanes = args.lanes or lanes_of_this_machine()
         for part in PARTS if args.part == "all" else (args.part,):
             print(f"==> {part}", flush=True)
-            run_part(part, setup, args.out, lanes)
+            run_part(part, setup, args, lanes)
     except (StudyError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -29,6 +29,10 @@ _SAMPLES_PER_RESTART = 16_000
 _RHO = f"{6.5 - math.log(2.72e6 / 1e5):.1f}"
 # So many times the epochs, over a part of the data as much smaller: the same samples seen.
 MORE_VISITS = 5
+# The methods of which the papers say in what order they come.
+ORDERED = ("openclip", "fastclip", "neuclip")
+# What γ falls to where FastCLIP's memory is examined; 1 forgets all but the present batch.
+MEMORIES = (*GAMMAS, 1.0)
 _WARMUP_SAMPLES = 25_600
 
 Flags = dict[str, str]
@@ -185,15 +189,15 @@ def ablation_runs(setup: Setup, choices: Mapping[Case, Choice]) -> list[Run]:
     return [
         training_run(setup, f"ablation-{name}-s{seed}", "neuclip", size, choice, seed, setup.short_epochs, flags)
         for seed in SEEDS
-        for name, flags in _variants(choice)
+        for name, flags in variants(choice)
     ]
 
 
 def visits_runs(setup: Setup, choices: Mapping[Case, Choice]) -> list[Run]:
     """As many samples seen at the smaller batch, but of fewer pairs, each of them more often.
 
-    For the methods of which the papers say in what order they come. What is remembered per sample is out of date by an
-    epoch, and how much a model changes within one depends on how many there are.
+    What is remembered per sample is out of date by an epoch, and how much a model changes within one depends on how many
+    there are.
     """
     size = BATCH_SIZES[0]
     few = replace(setup, pairs=setup.pairs // MORE_VISITS, epochs=setup.epochs * MORE_VISITS)
@@ -201,12 +205,12 @@ def visits_runs(setup: Setup, choices: Mapping[Case, Choice]) -> list[Run]:
     return [
         training_run(few, f"visits-{method}-s{seed}", method, size, choices[method, size], seed, few.epochs, seldom)
         for seed in SEEDS
-        for method in ("openclip", "fastclip", "neuclip")
+        for method in ORDERED
     ]
 
 
 def memory_runs(setup: Setup, choices: Mapping[Case, Choice]) -> list[Run]:
-    """Short runs of FastCLIP at the smaller batch by what γ falls to; γ 1 forgets all but the present batch."""
+    """Short runs of FastCLIP at the smaller batch by what γ falls to."""
     size = BATCH_SIZES[0]
     lr = choices["fastclip", size].lr
     return [
@@ -214,11 +218,12 @@ def memory_runs(setup: Setup, choices: Mapping[Case, Choice]) -> list[Run]:
             setup, f"memory-gamma{gamma:g}-s{seed}", "fastclip", size, Choice(lr, gamma), seed, setup.short_epochs
         )
         for seed in SEEDS
-        for gamma in (*GAMMAS, 1.0)
+        for gamma in MEMORIES
     ]
 
 
-def _variants(choice: Choice) -> Iterator[tuple[str, dict[str, str | None]]]:
+def variants(choice: Choice) -> Iterator[tuple[str, dict[str, str | None]]]:
+    """The ablations of NeuCLIP: a name, and the flags in place of its own (None takes one away)."""
     yield "none", {}
     # An MLP has nothing to begin anew from but random weights.
     yield "mlp", {"npn_arch": "mlp", "npn_num_protos": None, "npn_restart_iter": "0"}

@@ -112,8 +112,7 @@ class FiniteGuard:
         if gradient_norm is None:
             parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
             gradients = [p.grad for p in parameters if p.grad is not None]
-            # The largest absolute value: it cannot overflow by itself, as a sum of squares can.
-            gradient_norm = get_total_norm(gradients, norm_type=math.inf).to(self._loss.device)
+            gradient_norm = _largest(gradients).to(self._loss.device)
         self._bad = 1.0 - gradient_norm.isfinite().to(torch.float32).reshape(())
         if self._is_fused:
             self._optimizer.found_inf = self._bad  # type: ignore[attr-defined]
@@ -175,6 +174,16 @@ class FiniteGuard:
             None if alpha is None else (alpha.min().item(), alpha.max().item()),
             None if step.keys is None else step.keys.tolist(),
         )
+
+
+def _largest(gradients: Sequence[Tensor]) -> Tensor:
+    """The largest absolute value, 0-dim; NaN if there is one. It cannot overflow by itself, as a sum of squares can.
+
+    PyTorch's maximum norm is one launch for many tensors on a GPU, but on a CPU it takes 20 times as long as their extremes.
+    """
+    if gradients[0].is_cuda:
+        return get_total_norm(gradients, norm_type=math.inf)
+    return torch.stack([extreme for gradient in gradients for extreme in torch.aminmax(gradient)]).abs().max()
 
 
 class NonFiniteLog:

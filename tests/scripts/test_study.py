@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from study import lanes, measure, report, runs, training, tuning
+from study import run as study_run
 from study.errors import StudyError
 from training.params import parse_args
 from training.run_folder import RunFolder
@@ -261,10 +262,7 @@ def test_nothing_is_measured_on_what_chooses_the_learning_rate(setup: runs.Setup
     all_runs += [*runs.visits_runs(setup, some_choices()), *runs.memory_runs(setup, some_choices())]
     looked_at = {Path(run.flags[flag]).name for run in all_runs for flag in ("val-data", "zeroshot-data")}
     assert not chosen_on & (looked_at | {*measure.PAIRS, *measure.ZEROSHOT})
-    assert {name.split("/retrieval/")[0].split("/top1")[0] for name in report.HEADLINES} <= {
-        *measure.PAIRS,
-        *measure.ZEROSHOT,
-    }
+    assert {name.split("/")[0] for name in all_metrics()} == {*measure.PAIRS, *measure.ZEROSHOT}
 
 
 def test_methods_differ_in_their_own_flags_alone(setup: runs.Setup) -> None:
@@ -338,23 +336,49 @@ def test_figures_are_drawn_of_the_runs_that_there_are(
     for name in ("siglip-b128-s0", "neuclip-b128-s0", "neuclip-b128-s2", "openclip-b32-s1"):
         write_run(setup, name, 0.1)
     (setup.logs / "fastclip-b128-s0").mkdir()  # not measured yet
+    for name in ("siglip-b128-s0", "neuclip-b128-s2", "visits-neuclip-s0"):
+        write_errors(setup.logs / name)
     called: list[list[str]] = []
     monkeypatch.setattr(report.figures, "main", lambda words: called.append(words) or 0)
-    monkeypatch.setattr(report.normalizer_error, "main", lambda words: called.append(words) or 0)
-    report.write_figures(setup, tmp_path / "out")
+    out = tmp_path / "out"
+    report.write_figures(setup.logs, out)
     paths = [[Path(word).name for word in words if word.startswith(str(setup.logs))] for words in called]
-    # Curves of all seeds, errors of the first one alone; at batch 32 there is no first seed yet.
-    assert paths == [["siglip-b128-s0", "neuclip-b128-s0", "neuclip-b128-s2"], ["siglip-b128-s0", "neuclip-b128-s0"]]
-    assert [words[-1] for words in called] == [str(tmp_path / "out" / name) for name in ("curves-b128", "error-b128")]
+    assert paths == [["openclip-b32-s1"], ["siglip-b128-s0", "neuclip-b128-s0", "neuclip-b128-s2"]]
+    assert [words[-1] for words in called] == [str(out / name) for name in ("curves-b32", "curves-b128")]
+    # Errors of the first seed alone.
+    tables = [(out / name / "normalizer_error.md").read_text() for name in ("error", "error-visits")]
+    assert [sorted(line.split(" | ")[0] for line in table.splitlines()[2:4]) for table in tables] == [
+        ["", "| siglip-b128-s0"],
+        ["", "| visits-neuclip-s0"],
+    ]
+    assert (out / "error" / "normalizer_error.png").stat().st_size > 1000
     monkeypatch.setattr(report.figures, "main", lambda _: 2)
     with pytest.raises(StudyError, match="curves: the command failed"):
-        report.write_figures(setup, tmp_path / "out")
+        report.write_figures(setup.logs, out)
+
+
+def write_errors(folder: Path) -> None:
+    """A measurement of one checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "params.txt").write_text(f"name: {folder.name}\nmodel: study\nobjective: siglip\nepochs: 4\n")
+    sides = {side: {"mse": 0.5, "bias": 0.1, "mean": -3.0} for side in ("image", "text")}
+    estimates = {
+        "used": {**sides, "mse": 0.5, "unknown": 0.0},
+        "batch": {**sides, "mse": 0.5, "unknown": 0.0},
+        "own": None,
+    }
+    record = {
+        **{"epoch": 1, "iteration": None, "sha256": "", "data": "train", "batch": 32, "probes": 9, "seed": 0},
+        **{"precision": "fp32", "step": 10, "samples_seen": 320, "temperature": 0.07},
+        **{"truth": {"image": -3.0, "text": -3.0}, "estimates": estimates},
+    }
+    (folder / measure.ERRORS).write_text(json.dumps({"records": [record]}))
 
 
 def write_run(setup: runs.Setup, name: str, value: float) -> None:
     folder = setup.logs / name
     folder.mkdir(parents=True)
-    metrics = dict.fromkeys(report.HEADLINES, value)
+    metrics = dict.fromkeys(all_metrics(), value)
     (folder / report.FILE).write_text(json.dumps({"metrics": metrics}))
     times = {"objective_seconds": 0.02, "normalizer_seconds": 0.01, "samples_per_second": 1280.0}
     lines = [
@@ -382,8 +406,7 @@ def test_tables_hold_what_was_measured(setup: runs.Setup, tmp_path: Path) -> Non
         for (method, size), choice in some_choices().items()
     ]
     (setup.logs / report.CHOICES).write_text(json.dumps(entries))
-    setup = more_shards(setup)
-    report.write_report(setup, some_choices(), tmp_path / "out")
+    report.write_report(setup.logs, some_choices(), tmp_path / "out")
     lines = (tmp_path / "out" / "comparison.md").read_text().splitlines()
     row = next(line for line in lines if "| 128 | neuclip |" in line)
     assert row.startswith("| 128 | neuclip | 0.001 | 0.42 | 3 | 12.0 ± 2.0 |")
@@ -399,8 +422,64 @@ def test_tables_hold_what_was_measured(setup: runs.Setup, tmp_path: Path) -> Non
     assert "| mlp | 1 | 11.0 |" in ablations
     assert "| neuclip | 3 | 12.0 ± 2.0 |" in (tmp_path / "out" / "visits.md").read_text()
     assert "| gamma0.8 | 3 | 12.0 ± 2.0 |" in (tmp_path / "out" / "memory.md").read_text()
+    differences = (tmp_path / "out" / "differences.md").read_text()
+    assert "| batch 128 | neuclip − openclip | 3 | -1.0 ± 0.0 |" in differences
+    assert "fastclip" not in differences  # no runs
     # Medians, without the beginning.
     assert "| 128 | neuclip | 200 | 20.0 | 10.0 | 1280 |" in (tmp_path / "out" / "cost.md").read_text()
     assert "**5.00**" in (tmp_path / "out" / "tuning.md").read_text()
     for ending in ("csv", "tex"):
         assert (tmp_path / "out" / f"comparison.{ending}").stat().st_size > 100
+
+
+@pytest.mark.usefixtures("fake")
+def test_what_is_published_stands_in_for_the_runs(
+    setup: runs.Setup, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tables of the records are those of the runs, no path of this machine is in them, and nothing is trained again."""
+    for name in study_run.SETS:
+        (setup.data / name).mkdir(exist_ok=True)
+    folders = {"data": setup.data, "logs": setup.logs, "records": tmp_path / "records"}
+    where = ["--pairs=225", *(f"--{name}={folder}" for name, folder in folders.items())]
+    assert study_run.main(["tune", *where]) == 0
+    choices = study_run.read_choices(setup)
+    compared = runs.comparison_runs(setup, choices)
+    training.train_all(compared[:5], setup.logs, lanes=2)
+    for number, one in enumerate(compared[:5]):
+        (setup.logs / one.name / "checkpoints").mkdir()
+        (setup.logs / one.name / measure.FILE).write_text(
+            json.dumps({"metrics": dict.fromkeys(all_metrics(), number / 10)})
+        )
+        (setup.logs / one.name / "metrics.jsonl").write_text("")
+    unfinished = setup.logs / compared[5].name
+    unfinished.mkdir()
+    (unfinished / "params.txt").write_text("model: study\nepochs: 4\n")
+    (unfinished / "results.jsonl").write_text('{"epoch": 3}\n')
+    assert study_run.main(["publish", *where]) == 0
+    finished = {path.parent.name for path in setup.logs.glob("*/calls")}
+    assert f"{len(finished)} runs in" in capsys.readouterr().out
+    assert finished == {path.name for path in (tmp_path / "records").iterdir() if path.is_dir()}
+    for path in (tmp_path / "records").rglob("*"):
+        assert path.is_dir() or str(tmp_path) not in path.read_text()
+    monkeypatch.setattr(report.figures, "main", lambda _: 0)
+    tables = []
+    for logs in (setup.logs, tmp_path / "records"):
+        assert study_run.main(["report", "--logs", str(logs), "--out", str(tmp_path / "out")]) == 0
+        tables.append(
+            [(tmp_path / "out" / f"{name}.csv").read_text() for name in ("comparison", "tuning", "differences")]
+        )
+    assert tables[0] == tables[1]
+    records = replace(setup, logs=tmp_path / "records")
+    assert [training.is_finished(one, records.logs) for one in runs.comparison_runs(records, choices)[:6]] == [
+        True
+    ] * 5 + [False]
+    assert all(measure.is_measured(records.logs / one.name) for one in compared[:5])
+    assert (
+        tuning.tune(records, lambda due: training.train_all(due, records.logs, lanes=2))["neuclip", 32].choice.gamma
+        == 0.42
+    )
+    assert "calls" not in {path.name for path in records.logs.rglob("*")}
+
+
+def all_metrics() -> list[str]:
+    return [metric for metrics in report.HEADLINES.values() for metric in metrics]

@@ -117,6 +117,29 @@ def test_healthy_run_has_no_finding() -> None:
     assert training.guard.findings(wait=True) == []
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38, -3e38])
+@pytest.mark.parametrize("which", [0, -1])
+def test_one_element_of_one_gradient_is_enough(which: int, value: float) -> None:
+    """Also where the sum of all, or of their squares, would overflow though each is finite."""
+    (batch,) = make_batches(1, 4)
+    training = make_training(make_args(*FLAGS[:2]), [batch])
+    parameter = training.state.optimizer.param_groups[0]["params"][which]
+    before = parameter.detach().clone()
+
+    def spoil(gradient: Tensor) -> Tensor:
+        spoilt = gradient.clone()
+        spoilt.view(-1)[-2:] = value
+        return spoilt
+
+    handle = parameter.register_hook(spoil)
+    training_step(training, batch)
+    handle.remove()
+    assert (
+        [finding.what for finding in training.guard.findings(wait=True)] == [] if math.isfinite(value) else ["gradient"]
+    )
+    assert torch.equal(parameter, before) != math.isfinite(value)
+
+
 def test_infinite_gradient_of_a_finite_loss_is_found() -> None:
     batches = make_batches(2, 4)
     training = make_training(make_args(), batches)

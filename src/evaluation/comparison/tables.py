@@ -42,7 +42,8 @@ class Cell(NamedTuple):
         if isinstance(self.value, str):
             return self.value
         shown = format(column.factor * self.value, column.spec)
-        return shown if self.std is None else f"{shown} ± {format(column.factor * self.std, column.spec)}"
+        # A sign that a number is to show is none of its deviation's.
+        return shown if self.std is None else f"{shown} ± {format(column.factor * self.std, column.spec.lstrip('+'))}"
 
 
 class Table(NamedTuple):

@@ -32,6 +32,8 @@ ESTIMATES = {"used": "-", "own": "--", "batch": ":"}
 MARKERS = ("o", "s", "^", "D")
 LEGEND_LINE_INCHES = 0.24
 
+# What measurements of one setting share.
+SETTING = ("data", "batch", "probes", "seed", "precision")
 COLUMNS = (
     Column("run", "run"),
     Column("batch", "N", ".10g"),
@@ -94,6 +96,13 @@ class ErrorFile:
         """Write the file, whole or not at all."""
         content = {"run": self.run.name, "objective": self.run.objective, "records": self._records}
         write_whole(self.path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def newest(run: RunFolder) -> ErrorFile:
+    """A run's file in the setting of what was measured last; nothing in it where nothing was."""
+    everything = ErrorFile(run, {})
+    last = everything.records[-1:]
+    return ErrorFile(run, {name: record.get(name) for record in last for name in SETTING})
 
 
 def error_table(files: Sequence[ErrorFile]) -> Table:

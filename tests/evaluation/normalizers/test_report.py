@@ -12,7 +12,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from evaluation.figure_style import COLORS
-from evaluation.normalizers.report import MARKERS, ErrorFile, draw, markdown, write_picture
+from evaluation.normalizers.report import MARKERS, ErrorFile, draw, markdown, newest, write_picture
 from evaluation.run_folder import Checkpoint, RunFolder
 
 
@@ -162,6 +162,17 @@ def test_a_record_is_replaced_by_that_of_newer_weights_in_the_same_setting(folde
     assert len(ErrorFile(run, setting(128)).records) == 1
     old.path.write_text("c")
     assert not again.has(old)
+
+
+def test_the_newest_setting_is_found_without_checkpoints(folder: Path) -> None:
+    first = error_file(folder, "run", "openclip")
+    first.write()
+    later = ErrorFile(first.run, setting(128))
+    later.add(checkpoint(first.run, 4), measured(40, None))
+    later.write()
+    found = newest(first.run)
+    assert (found.setting["batch"], [record["step"] for record in found.records]) == (128, [40])
+    assert newest(run_of(folder, "nothing", "openclip")).records == []
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"records": 1}', "[" * 100_000, '{"records": [1, null]}'])
