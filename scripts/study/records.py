@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from evaluation.records import read_records
 from evaluation.run_folder import RunFolder
 from evaluation.whole_files import write_whole
 from study.measure import ERRORS, FILE
 from study.report import CHOICES
 from study.runs import Setup
+from study.training import has_ended
 
 _FILES = ("params.txt", "results.jsonl", FILE, ERRORS)
 # A line per logging interval, which is most of what a run writes; of the others no curve is drawn and no time is shown.
@@ -23,20 +23,14 @@ def publish(setup: Setup, folder: Path) -> list[str]:
     Returns:
         The runs' names.
     """
-    names = [
-        run.name for run in map(RunFolder, sorted(p.parent for p in setup.logs.glob("*/params.txt"))) if _ended(run)
-    ]
+    runs = [RunFolder(path.parent) for path in sorted(setup.logs.glob("*/params.txt"))]
+    names = [run.name for run in runs if has_ended(run.path, run.params["epochs"])]
     for name in names:
         (folder / name).mkdir(parents=True, exist_ok=True)
         for file in _FILES if name.startswith(_WITHOUT_CURVES) else (*_FILES, _CURVES):
             _copy(setup, setup.logs / name / file, folder / name / file)
     _copy(setup, setup.logs / CHOICES, folder / CHOICES)
     return names
-
-
-def _ended(run: RunFolder) -> bool:
-    results = read_records(run.path / "results.jsonl")
-    return bool(results) and results[-1].get("epoch") == run.params["epochs"]
 
 
 def _copy(setup: Setup, source: Path, target: Path) -> None:

@@ -43,8 +43,13 @@ def is_finished(run: Run, logs: Path) -> bool:
     folder = logs / run.name
     if (folder / "params.txt").exists():
         _check_same(run, folder)
+    return has_ended(folder, run.epochs)
+
+
+def has_ended(folder: Path, epochs: int) -> bool:
+    """Whether the last evaluation in a run's folder is that of its last epoch."""
     results = read_records(folder / "results.jsonl")
-    return bool(results) and results[-1].get("epoch") == run.epochs
+    return bool(results) and results[-1].get("epoch") == epochs
 
 
 def _check_same(run: Run, folder: Path) -> None:

@@ -181,7 +181,7 @@ def _largest(gradients: Sequence[Tensor]) -> Tensor:
 
     PyTorch's maximum norm is one launch for many tensors on a GPU, but on a CPU it takes 20 times as long as their extremes.
     """
-    if gradients[0].is_cuda:
+    if not gradients or any(gradient.is_cuda for gradient in gradients):
         return get_total_norm(gradients, norm_type=math.inf)
     return torch.stack([extreme for gradient in gradients for extreme in torch.aminmax(gradient)]).abs().max()
 
