@@ -153,8 +153,8 @@ def ablation_table(logs: Path, choices: Mapping[Case, Choice]) -> Table:
 
 
 def memory_table(logs: Path) -> Table:
-    """Short runs of FastCLIP at the smaller batch by what γ falls to."""
-    return _table_of(logs, "fastclip", "memory-", [f"gamma{gamma:g}" for gamma in MEMORIES])
+    """Short runs at the smaller batch: OpenCLIP, and FastCLIP by what γ falls to."""
+    return _table_of(logs, "run", "memory-", ["openclip", *(f"gamma{gamma:g}" for gamma in MEMORIES)])
 
 
 def visits_table(logs: Path) -> Table:

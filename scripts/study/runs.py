@@ -210,15 +210,15 @@ def visits_runs(setup: Setup, choices: Mapping[Case, Choice]) -> list[Run]:
 
 
 def memory_runs(setup: Setup, choices: Mapping[Case, Choice]) -> list[Run]:
-    """Short runs of FastCLIP at the smaller batch by what γ falls to."""
+    """Short runs of FastCLIP at the smaller batch by what γ falls to, and of OpenCLIP, which remembers nothing."""
     size = BATCH_SIZES[0]
     lr = choices["fastclip", size].lr
+    cases = [("openclip", "openclip", choices["openclip", size])]
+    cases += [(f"gamma{gamma:g}", "fastclip", Choice(lr, gamma)) for gamma in MEMORIES]
     return [
-        training_run(
-            setup, f"memory-gamma{gamma:g}-s{seed}", "fastclip", size, Choice(lr, gamma), seed, setup.short_epochs
-        )
+        training_run(setup, f"memory-{name}-s{seed}", method, size, choice, seed, setup.short_epochs)
         for seed in SEEDS
-        for gamma in MEMORIES
+        for name, method, choice in cases
     ]
 
 

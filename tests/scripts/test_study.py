@@ -132,7 +132,8 @@ def test_visits_are_more_of_fewer_pairs(setup: runs.Setup) -> None:
 
 
 def test_memory_differs_in_gamma_alone(setup: runs.Setup) -> None:
-    plain, *changed = (run for run in runs.memory_runs(setup, some_choices()) if run.name.endswith("-s0"))
+    reference, plain, *changed = (run for run in runs.memory_runs(setup, some_choices()) if run.name.endswith("-s0"))
+    assert (parse_args(reference.command()).objective, reference.epochs) == ("openclip", setup.short_epochs)
     short = runs.training_run(setup, plain.name, "fastclip", 32, chosen("fastclip", 1e-3), 0, setup.short_epochs)
     assert plain.flags == short.flags
     assert all(run.flags == {**plain.flags, "gamma": run.flags["gamma"]} for run in changed)
@@ -393,6 +394,7 @@ def test_tables_hold_what_was_measured(setup: runs.Setup, tmp_path: Path) -> Non
         write_run(setup, f"ablation-none-s{seed}", value)
         write_run(setup, f"visits-neuclip-s{seed}", value)
         write_run(setup, f"memory-gamma0.8-s{seed}", value)
+        write_run(setup, f"memory-openclip-s{seed}", value - 0.01)
         write_run(setup, f"openclip-b128-s{seed}", value + 0.01)
     write_run(setup, "neuclip-b32-s0", 0.15)
     for seed in (0, 1):
@@ -421,7 +423,9 @@ def test_tables_hold_what_was_measured(setup: runs.Setup, tmp_path: Path) -> Non
     assert "| none | 3 | 12.0 ± 2.0 |" in ablations
     assert "| mlp | 1 | 11.0 |" in ablations
     assert "| neuclip | 3 | 12.0 ± 2.0 |" in (tmp_path / "out" / "visits.md").read_text()
-    assert "| gamma0.8 | 3 | 12.0 ± 2.0 |" in (tmp_path / "out" / "memory.md").read_text()
+    memory = (tmp_path / "out" / "memory.md").read_text()
+    assert "| openclip | 3 | 11.0 ± 2.0 |" in memory
+    assert "| gamma0.8 | 3 | **12.0 ± 2.0** |" in memory
     differences = (tmp_path / "out" / "differences.md").read_text()
     assert "| batch 128 | neuclip − openclip | 3 | -1.0 ± 0.0 |" in differences
     assert "fastclip" not in differences  # no runs
