@@ -16,7 +16,7 @@ from evaluation.run_folder import RunFolder
 from evaluation.whole_files import write_whole
 from study.errors import StudyError
 from study.measure import ERRORS, FILE
-from study.runs import BATCH_SIZES, GAMMAS, MEMORIES, METHODS, MORE_VISITS, ORDERED, SEEDS, Case, Choice, variants
+from study.runs import BATCH_SIZES, GAMMAS, MEMORIES, METHODS, MORE_VISITS, SEEDS, VISITED, Case, Choice, variants
 
 _WAYS = {"image_to_text": "i→t", "text_to_image": "t→i"}
 _HELD_OUT = {"styles": ("retrieval_set", "zeroshot"), "names": ("retrieval_concept", "zeroshot_concept")}
@@ -95,7 +95,7 @@ def write_figures(logs: Path, out: Path) -> None:
             raise StudyError("curves: the command failed, see above")
     compared = [f"{method}-b{size}" for size in BATCH_SIZES for method in METHODS]
     _write_errors([logs / f"{name}-s{SEEDS[0]}" for name in compared], out / "error")
-    _write_errors([logs / f"visits-{method}-s{SEEDS[0]}" for method in ORDERED], out / "error-visits")
+    _write_errors([logs / f"visits-{name}-s{SEEDS[0]}" for name in VISITED], out / "error-visits")
 
 
 def _write_errors(folders: Sequence[Path], out: Path) -> None:
@@ -154,12 +154,12 @@ def ablation_table(logs: Path, choices: Mapping[Case, Choice]) -> Table:
 
 def memory_table(logs: Path) -> Table:
     """Short runs at the smaller batch: OpenCLIP, and FastCLIP by what γ falls to."""
-    return _table_of(logs, "run", "memory-", ["openclip", *(f"gamma{gamma:g}" for gamma in MEMORIES)])
+    return _table_of(logs, "run", "memory-", MEMORIES)
 
 
 def visits_table(logs: Path) -> Table:
     """As many samples seen at the smaller batch, of fewer pairs."""
-    return _table_of(logs, "method", "visits-", ORDERED)
+    return _table_of(logs, "run", "visits-", VISITED)
 
 
 def _table_of(logs: Path, label: str, prefix: str, names: Sequence[str]) -> Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -29,10 +29,11 @@ _SAMPLES_PER_RESTART = 16_000
 _RHO = f"{6.5 - math.log(2.72e6 / 1e5):.1f}"
 # So many times the epochs, over a part of the data as much smaller: the same samples seen.
 MORE_VISITS = 5
-# The methods of which the papers say in what order they come.
-ORDERED = ("openclip", "fastclip", "neuclip")
-# What γ falls to where FastCLIP's memory is examined; 1 forgets all but the present batch.
-MEMORIES = (*GAMMAS, 1.0)
+# Those of which the papers say in what order they come; and gamma1: FastCLIP's loss and temperature without its memory.
+VISITED = ("openclip", "gamma1", "fastclip", "neuclip")
+# The γ at which nothing but the present batch counts.
+FORGET = 1.0
+MEMORIES = ("openclip", *(f"gamma{gamma:g}" for gamma in (*GAMMAS, FORGET)))
 _WARMUP_SAMPLES = 25_600
 
 Flags = dict[str, str]
@@ -199,26 +200,34 @@ def visits_runs(setup: Setup, choices: Mapping[Case, Choice]) -> list[Run]:
     What is remembered per sample is out of date by an epoch, and how much a model changes within one depends on how many
     there are.
     """
-    size = BATCH_SIZES[0]
     few = replace(setup, pairs=setup.pairs // MORE_VISITS, epochs=setup.epochs * MORE_VISITS)
     seldom = {"save-frequency": str(max(1, few.epochs // 4)), "keep-last": "4"}
-    return [
-        training_run(few, f"visits-{method}-s{seed}", method, size, choices[method, size], seed, few.epochs, seldom)
-        for seed in SEEDS
-        for method in ORDERED
-    ]
+    return _explaining_runs("visits", VISITED, few, few.epochs, choices, seldom)
 
 
 def memory_runs(setup: Setup, choices: Mapping[Case, Choice]) -> list[Run]:
     """Short runs of FastCLIP at the smaller batch by what γ falls to, and of OpenCLIP, which remembers nothing."""
+    return _explaining_runs("memory", MEMORIES, setup, setup.short_epochs, choices)
+
+
+def _explaining_runs(
+    stage: str,
+    names: Sequence[str],
+    setup: Setup,
+    epochs: int,
+    choices: Mapping[Case, Choice],
+    more: Mapping[str, str | None] | None = None,
+) -> list[Run]:
+    """Runs of a method by its name, or by gammaX of FastCLIP with γ falling to X."""
     size = BATCH_SIZES[0]
     lr = choices["fastclip", size].lr
-    cases = [("openclip", "openclip", choices["openclip", size])]
-    cases += [(f"gamma{gamma:g}", "fastclip", Choice(lr, gamma)) for gamma in MEMORIES]
+    cases = {f"gamma{gamma:g}": ("fastclip", Choice(lr, gamma)) for gamma in (*GAMMAS, FORGET)}
+    cases |= {method: (method, choices[method, size]) for method in METHODS}
     return [
-        training_run(setup, f"memory-{name}-s{seed}", method, size, choice, seed, setup.short_epochs)
+        training_run(setup, f"{stage}-{name}-s{seed}", method, size, choice, seed, epochs, more)
         for seed in SEEDS
-        for name, method, choice in cases
+        for name in names
+        for method, choice in (cases[name],)
     ]
 
 
@@ -235,7 +244,7 @@ def variants(choice: Choice) -> Iterator[tuple[str, dict[str, str | None]]]:
         yield f"Tu{value}", {"npn_repetition": value}
     yield "m1024", {"npn_num_protos": "1024"}
     # At 0 the prototypes' normalizers are not mixed with the batch's, at 1 there are the batch's alone.
-    for gamma in (0.0, *GAMMAS, 1.0):
+    for gamma in (0.0, *GAMMAS, FORGET):
         if gamma != choice.gamma:
             schedule = {"gamma_schedule": "constant"} if gamma == 0 else {}
             yield f"gamma{gamma:g}", {"gamma": f"{gamma:g}", **schedule}
