@@ -33,7 +33,9 @@ MORE_VISITS = 5
 VISITED = ("openclip", "gamma1", "fastclip", "neuclip")
 # The γ at which nothing but the present batch counts.
 FORGET = 1.0
-MEMORIES = ("openclip", *(f"gamma{gamma:g}" for gamma in (*GAMMAS, FORGET)))
+# FastCLIP by what its γ falls to.
+_GAMMA_OF = {f"gamma{gamma:g}": gamma for gamma in (*GAMMAS, FORGET)}
+MEMORIES = ("openclip", *_GAMMA_OF)
 _WARMUP_SAMPLES = 25_600
 
 Flags = dict[str, str]
@@ -218,10 +220,10 @@ def _explaining_runs(
     choices: Mapping[Case, Choice],
     more: Mapping[str, str | None] | None = None,
 ) -> list[Run]:
-    """Runs of a method by its name, or by gammaX of FastCLIP with γ falling to X."""
+    """Runs at the smaller batch of what is named: a method, or gammaX, which is FastCLIP with γ falling to X."""
     size = BATCH_SIZES[0]
     lr = choices["fastclip", size].lr
-    cases = {f"gamma{gamma:g}": ("fastclip", Choice(lr, gamma)) for gamma in (*GAMMAS, FORGET)}
+    cases = {name: ("fastclip", Choice(lr, gamma)) for name, gamma in _GAMMA_OF.items()}
     cases |= {method: (method, choices[method, size]) for method in METHODS}
     return [
         training_run(setup, f"{stage}-{name}-s{seed}", method, size, choice, seed, epochs, more)
